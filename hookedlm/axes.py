@@ -1,0 +1,51 @@
+"""The vocabulary of dimensions: every hook point, weight and docstring speaks in these words.
+
+| axis | meaning |
+| --- | --- |
+| batch | prompt in the batch |
+| pos | position of the token a vector belongs to (the query, in attention) |
+| key_pos | position attended to; longer than ``pos`` when a key-value cache is in use |
+| head | query head, ``cfg.n_heads`` of them |
+| kv_head | key/value head, ``cfg.n_key_value_heads`` of them |
+| d_head | width of one head |
+| d_model | width of the residual stream |
+| d_mlp | neurons of an MLP |
+| d_vocab | tokens of the vocabulary |
+| expert | experts of a mixture |
+| 1 | kept, so that it broadcasts |
+"""
+
+AXES = (
+    "batch",
+    "pos",
+    "key_pos",
+    "head",
+    "kv_head",
+    "d_head",
+    "d_model",
+    "d_mlp",
+    "d_vocab",
+    "expert",
+    "1",
+)
+
+STREAM = "batch pos d_model"
+SCALE = "batch pos 1"
+QUERY = "batch pos head d_head"
+KEY = "batch pos kv_head d_head"
+SCORES = "batch head pos key_pos"
+PER_HEAD = "batch pos head d_model"
+PER_KV_HEAD = "batch pos kv_head d_model"
+NEURONS = "batch pos d_mlp"
+LOGITS = "batch pos d_vocab"
+ROUTING = "batch pos expert"
+EXPERTS = "batch pos expert d_model"
+
+
+def split_axes(axes: str) -> tuple[str, ...]:
+    """The axes of a declaration such as ``"batch pos d_model"``; raises ValueError on an unknown one."""
+    names = tuple(axes.split())
+    unknown = [name for name in names if name not in AXES]
+    if unknown:
+        raise ValueError(f"unknown axes {unknown}; the vocabulary is {AXES}")
+    return names

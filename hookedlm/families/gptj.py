@@ -1,0 +1,86 @@
+"""Parallel blocks: attention and MLP read the same stream (GPT-J, NeoX, Phi, Cohere, StableLM)."""
+
+from hookedlm.families.gpt2 import GPT2
+from hookedlm.families.llama import LLAMA
+from hookedlm.families.row import Choice
+
+NEOX = GPT2.but(
+    base="gpt_neox",
+    blocks="gpt_neox.layers",
+    embed="gpt_neox.embed_in",
+    pos_embed=None,
+    ln_final="gpt_neox.final_layer_norm",
+    unembed=("embed_out", "lm_head"),
+    layout=Choice("use_parallel_residual", {True: "parallel", False: "sequential"}),
+    ln1="input_layernorm",
+    ln2="post_attention_layernorm",
+    attn="attention",
+    qkv="attention.query_key_value",
+    qkv_order="groups",
+    o="attention.dense",
+    d_head="attention.head_size",
+    scale="attention.scaling",
+    rotary="tables",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    act="mlp.act",
+)
+
+ROWS = {
+    "gptj": GPT2.but(
+        pos_embed=None,
+        layout="parallel",
+        ln2=None,
+        q="attn.q_proj",
+        k="attn.k_proj",
+        v="attn.v_proj",
+        qkv=None,
+        o="attn.out_proj",
+        scale=None,
+        rotary="pairs",
+        up="mlp.fc_in",
+        down="mlp.fc_out",
+    ),
+    "gpt_neox": NEOX,
+    "phi": LLAMA.but(
+        ln_final="model.final_layernorm",
+        norm="LN",
+        layout="parallel",
+        ln2=None,
+        o="self_attn.dense",
+        q_norm="self_attn.q_layernorm",
+        k_norm="self_attn.k_layernorm",
+        rotary="partial",
+        gate=None,
+        up="mlp.fc1",
+        down="mlp.fc2",
+        act="mlp.activation_fn",
+    ),
+    "cohere": LLAMA.but(
+        norm="LN",
+        norm_late_cast=True,
+        layout="parallel",
+        branches_first=False,
+        ln2=None,
+        q_norm="self_attn.q_norm",
+        k_norm="self_attn.k_norm",
+        logit_scale="config.logit_scale",
+    ),
+    "stablelm": LLAMA.but(
+        norm="LN",
+        layout=Choice("use_parallel_residual", {True: "parallel", False: "sequential"}),
+        branches_first=False,
+        q_norm="self_attn.q_layernorm",
+        k_norm="self_attn.k_layernorm",
+        qk_norm="module",
+        rotary="partial",
+    ),
+    "starcoder2": LLAMA.but(
+        norm="LN",
+        gate=None,
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        act="mlp.act",
+        window="config.sliding_window",
+    ),
+}

@@ -1,0 +1,21 @@
+"""OLMo: norms without weights, then norms on the branches' outputs."""
+
+from hookedlm.families.llama import FULL_WIDTH_NORMS, LLAMA
+
+ROWS = {
+    "olmo": LLAMA.but(norm="LN", norm_eps=1e-5, norm_late_cast=True, clip="config.clip_qkv"),
+    "olmo2": LLAMA.but(
+        **FULL_WIDTH_NORMS,
+        ln1=None,
+        ln2=None,
+        ln1_post="post_attention_layernorm",
+        ln2_post="post_feedforward_layernorm",
+        norm_late_cast=True,
+    ),
+    "olmoe": LLAMA.but(
+        **FULL_WIDTH_NORMS,
+        clip="config.clip_qkv",
+        router="mlp.gate",
+        routing_normalised="mlp.gate.norm_topk_prob",
+    ),
+}

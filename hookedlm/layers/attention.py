@@ -1,0 +1,216 @@
+"""Attention in five steps: project in, position, remember, attend, project out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hookedlm.axes import KEY, PER_HEAD, QUERY, SCORES
+from hookedlm.hooks import HookPoint
+from hookedlm.layers import attention_math as math
+from hookedlm.layers.context import Context
+from hookedlm.layers.qkv import FusedQKV, from_heads, into_heads, per_head_into_heads
+from hookedlm.layers.weights import Weights
+from hookedlm.spec import AttentionSpec
+
+Rotate = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+"""(q, k ``[batch, head, pos, d_head]``, prepared tables) -> both rotated."""
+
+
+@dataclass
+class AttentionTensors:
+    """The weights of one attention layer, as views of whatever holds them."""
+
+    W_Q: Float[Tensor, "head d_model d_head"]
+    W_K: Float[Tensor, "kv_head d_model d_head"]
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_Q: Optional[Float[Tensor, "head d_head"]] = None
+    b_K: Optional[Float[Tensor, "kv_head d_head"]] = None
+    b_V: Optional[Float[Tensor, "kv_head d_head"]] = None
+    b_O: Optional[Float[Tensor, "d_model"]] = None
+    sinks: Optional[Float[Tensor, "head"]] = None
+    fused: Optional[FusedQKV] = None
+
+
+class Attention(Weights):
+    """Multi-head attention, grouped queries included (arXiv 1706.03762, 2305.13245).
+
+    The kernel is fused unless this layer's scores or pattern are listened to, or its family needs
+    what no kernel has (softcap, sinks).
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        tensors: AttentionTensors,
+        rotate: Optional[Rotate] = None,
+        q_norm: Optional[nn.Module] = None,
+        k_norm: Optional[nn.Module] = None,
+    ):
+        super().__init__()
+        self.spec = spec
+        self.rotate = rotate if spec.rotary else None
+        self.fused = tensors.fused
+        self._always_longhand = spec.longhand
+        d_model = tensors.W_Q.shape[1]
+        for name in ("W_Q", "W_K", "W_V", "W_O"):
+            self.put(name, vars(tensors)[name], None, "")
+        self.put("b_Q", tensors.b_Q, (spec.n_heads, spec.d_head), "W_Q")
+        self.put("b_K", tensors.b_K, (spec.n_kv_heads, spec.d_head), "W_K")
+        self.put("b_V", tensors.b_V, (spec.n_kv_heads, tensors.W_V.shape[2]), "W_V")
+        self.put("b_O", tensors.b_O, (d_model,), "W_O")
+        self.put("sinks", tensors.sinks, None, "")
+        if q_norm is not None and k_norm is not None:
+            self.q_norm, self.k_norm = q_norm, k_norm
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(QUERY), HookPoint(KEY), HookPoint(KEY)
+        if self.rotate is not None:
+            self.hook_rot_q, self.hook_rot_k = HookPoint(QUERY), HookPoint(KEY)
+        self.hook_attn_scores = HookPoint(SCORES)
+        self.hook_pattern = HookPoint(SCORES)
+        self.hook_z = HookPoint(QUERY)
+        self.hook_result = HookPoint(PER_HEAD, on_demand=True)
+
+    def forward(
+        self,
+        x_q: Float[Tensor, "batch pos *head d_model"],
+        x_k: Float[Tensor, "batch pos *kv_head d_model"],
+        x_v: Float[Tensor, "batch pos *kv_head d_model"],
+        ctx: Context,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds to the stream (before a post-norm); inputs are normed streams."""
+        q, k, v = self._project_in(x_q, x_k, x_v)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.rotate is not None:
+            assert ctx.rotary is not None, "a rotary layer was given no tables"
+            q, k = self.rotate(q, k, ctx.rotary)
+            q = self.hook_rot_q(q.transpose(1, 2)).transpose(1, 2)
+            k = self.hook_rot_k(k.transpose(1, 2)).transpose(1, 2)
+        if ctx.remember is not None:
+            k, v = ctx.remember(k, v)
+        z = self.hook_z(self._attend(q, k, v, ctx))
+        if self.hook_result.wanted:
+            result = self.hook_result(self.result(z))
+            b_O = self._parameters["b_O"]
+            out = result.sum(dim=2)
+            return out if b_O is None else out + b_O
+        return from_heads(z, self._parameters["W_O"], self._parameters["b_O"])
+
+    # Project in -------------------------------------------------------------------------------------
+
+    def _project_in(
+        self, x_q: Tensor, x_k: Tensor, x_v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p = self._parameters
+        if x_q.ndim == 4:  # a stream for every head
+            q = per_head_into_heads(x_q, self.W_Q, p["b_Q"])
+            k = per_head_into_heads(x_k, self.W_K, p["b_K"])
+            v = per_head_into_heads(x_v, self.W_V, p["b_V"])
+        else:
+            q, k, v = self._fused_projection(x_q) or (
+                into_heads(x_q, self.W_Q, p["b_Q"]),
+                into_heads(x_k, self.W_K, p["b_K"]),
+                into_heads(x_v, self.W_V, p["b_V"]),
+            )
+        return self._normed(q, k, v)
+
+    def _fused_projection(self, x: Tensor) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+        if self.fused is None:
+            return None
+        p = self._parameters
+        parts = (p["W_Q"], p["W_K"], p["W_V"])
+        biases = (p["b_Q"], p["b_K"], p["b_V"])
+        if torch.is_grad_enabled() and any(w.requires_grad for w in parts):
+            return None  # the three need gradients of their own
+        matrix = self.fused.matrix(parts, biases)
+        if matrix is None:
+            return None
+        spec = self.spec
+        y = F.linear(x, *matrix)
+        return self.fused.split(y, spec.n_heads, spec.n_kv_heads, spec.d_head)
+
+    def _normed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spec = self.spec
+        if spec.qk_norm == "full":
+            q = self.q_norm(q.flatten(2)).view(q.shape)
+            k = self.k_norm(k.flatten(2)).view(k.shape)
+        if spec.clip is not None:
+            q, k, v = (x.clamp(min=-spec.clip, max=spec.clip) for x in (q, k, v))
+        if spec.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif spec.qk_norm == "module":
+            q = self.q_norm(q.transpose(1, 2)).transpose(1, 2)
+            k = self.k_norm(k.transpose(1, 2)).transpose(1, 2)
+        return q, k, v
+
+    # Attend -----------------------------------------------------------------------------------------
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        scale = self.spec.scale
+        if self.spec.scale_query:
+            q, scale = q * scale, 1.0
+        if not (
+            self._always_longhand or self.hook_attn_scores.wanted or self.hook_pattern.wanted
+        ):
+            return math.fused(q, k, v, ctx.mask, ctx.bias, scale, self.spec.causal)
+        allowed = self.allowed(q.shape[2], k.shape[2], ctx, q.device)
+        scores = self.hook_attn_scores(self.scores(q, k, scale, allowed, ctx))
+        pattern = self.hook_pattern(math.attention_pattern(scores, allowed, self.live("sinks")))
+        return math.weighted_values(pattern, v)
+
+    def allowed(
+        self, n_query: int, n_key: int, ctx: Context, device: torch.device
+    ) -> Optional[Tensor]:
+        """Which keys each query may attend to; None where all are."""
+        allowed = ctx.allowed(n_query, n_key)
+        if allowed is None and self.spec.causal and n_query > 1:
+            return math.causal_mask(n_query, n_key, device)
+        return allowed
+
+    def scores(
+        self, q: Tensor, k: Tensor, scale: float, allowed: Optional[Tensor], ctx: Context
+    ) -> Float[Tensor, "batch head pos key_pos"]:
+        """Masked scores of queries and keys ``[batch, head, pos, d_head]``."""
+        bias = ctx.bias
+        if ctx.mask is not None and ctx.mask.dtype != torch.bool:  # may carry a bias (Falcon)
+            additive = ctx.mask[..., -q.shape[2] :, : k.shape[2]]
+            bias = additive if bias is None else bias + additive
+        scores = math.attention_scores(q, k, scale, bias, self.spec.softcap)
+        return math.masked(scores.to(q.dtype), allowed)
+
+    # Project out ------------------------------------------------------------------------------------
+
+    def result(
+        self, z: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_model"]:
+        """Each head's contribution to the stream (before a post-norm); ``b_O`` belongs to none."""
+        return torch.einsum("bphe,hed->bphd", z, self.W_O)
+
+    @property
+    def QK(self):
+        """`FactoredMatrix` ``W_Q W_Kᵀ [head, d_model, d_model]``: what each head compares."""
+        from hookedlm.factored_matrix import FactoredMatrix
+
+        W_K = math.repeat_heads(self.W_K, self.spec.n_heads, dim=0)
+        return FactoredMatrix(self.W_Q, W_K.transpose(-2, -1))
+
+    @property
+    def OV(self):
+        """`FactoredMatrix` ``W_V W_O [head, d_model, d_model]``: what each head moves."""
+        from hookedlm.factored_matrix import FactoredMatrix
+
+        return FactoredMatrix(math.repeat_heads(self.W_V, self.spec.n_heads, dim=0), self.W_O)
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        kv = "" if s.n_kv_heads == s.n_heads else f", {s.n_kv_heads} key/value heads"
+        return f"{s.n_heads} heads{kv}, d_head={s.d_head}, scale={s.scale:.4g}"

@@ -1,0 +1,41 @@
+"""`Context`: everything a block needs in one pass besides the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Appends this pass's keys and values to the key-value cache and returns all of them."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Prepared once per layer and pass, never changed.
+
+    ``mask`` as it was prepared: None (causal, or everything for a single query), boolean (True may
+    be attended to) or additive. ``bias`` is added to the scores (ALiBi). ``rotary`` holds the
+    tables the layer's rotation understands. ``args``/``kwargs`` are what Hugging Face would call
+    its own block with, for opaque parts.
+    """
+
+    mask: Optional[Tensor] = None
+    bias: Optional[Float[Tensor, "batch head pos key_pos"]] = None
+    rotary: Optional[tuple[Tensor, ...]] = None
+    remember: Optional[Remember] = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def allowed(self, n_query: int, n_key: int) -> Optional[Bool[Tensor, "batch head pos key_pos"]]:
+        """Which keys each query may attend to, as booleans; None means all of them."""
+        if self.mask is None:
+            return None
+        mask = self.mask[..., -n_query:, :n_key]
+        if mask.dtype == torch.bool:
+            return mask
+        return mask > torch.finfo(mask.dtype).min / 2

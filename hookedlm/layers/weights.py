@@ -1,0 +1,66 @@
+"""`Weights`: a module whose absent biases come into being when somebody looks at them.
+
+TransformerLens' code expects every bias to exist. Most families have none, and adding zeros costs
+time in every forward pass. So an absent bias is None inside, and becomes a real, trainable-off
+zero `nn.Parameter` (used from then on) the moment it is read, saved, or loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Weights(nn.Module):
+    """Base of layers with TransformerLens-named parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._zeros: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def put(self, name: str, value: Tensor | None, zeros: tuple[int, ...] | None, like: str) -> None:
+        """Register weight ``name``: ``value`` as a Parameter on the same storage, or (None) a bias
+        of shape ``zeros`` that exists once somebody asks, beside parameter ``like``."""
+        if value is None:
+            self.register_parameter(name, None)
+            if zeros is not None:
+                self._zeros[name] = (zeros, like)
+            return
+        trainable = value.requires_grad and value.is_floating_point()
+        self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=trainable))
+
+    def live(self, name: str) -> Tensor | None:
+        """The parameter as the forward pass uses it: None when absent."""
+        return self._parameters[name]
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # the usual case, without torch's detour
+            return modules[name]
+        value = super().__getattr__(name)
+        if value is None and name in self._parameters and name in self._zeros:
+            return self._materialise(name)
+        return value
+
+    def _materialise(self, name: str) -> nn.Parameter:
+        shape, like = self._zeros[name]
+        beside = self._parameters[like]
+        assert beside is not None, f"{like} must exist beside {name}"
+        zeros = torch.zeros(shape, dtype=beside.dtype, device=beside.device)
+        parameter = nn.Parameter(zeros, requires_grad=False)
+        self._parameters[name] = parameter
+        return parameter
+
+    def materialise_biases(self) -> None:
+        """Make every absent bias a zero parameter, as saving and processing need it."""
+        for name in self._zeros:
+            if self._parameters[name] is None:
+                self._materialise(name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in self._zeros:
+            if self._parameters[name] is None and prefix + name in state_dict:
+                self._materialise(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,0 +1,136 @@
+"""What a model is made of, decided once: small frozen facts, one `BlockSpec` per layer.
+
+A spec says everything the layers need to know to be built; after building no option is left to
+test. Absence is None. Sizes come from the tensors, never from a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """LayerNorm (``centres``) or RMSNorm over the last ``dims`` axes' last one.
+
+    ``offset`` is added to the stored weight (Gemma stores w - 1). ``late_cast``: the weight is
+    applied in float32, before rounding to the model's dtype. ``native``: torch's own layer_norm.
+    """
+
+    kind: Literal["LN", "RMS"]
+    eps: float
+    offset: float = 0.0
+    late_cast: bool = False
+    native: bool = True
+
+    @property
+    def centres(self) -> bool:
+        """Whether the mean is subtracted."""
+        return self.kind == "LN"
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention layer.
+
+    ``scale`` multiplies q·k; ``scale_query`` applies it to the query before the product (OPT).
+    ``rotary_dim`` is None where no rotation happens in this layer. ``window`` is told for the
+    reader's sake: masks are prepared outside. ``qkv`` is the order in which a fused projection
+    stores q, k and v: as three blocks, or group by group (queries, their key, their value).
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    scale: float
+    rotary: bool = False
+    scale_query: bool = False
+    softcap: float | None = None
+    clip: float | None = None
+    sinks: bool = False
+    qk_norm: Literal["head", "full", "module"] | None = None
+    qkv: Literal["split", "blocks", "groups"] = "split"
+    window: int | None = None
+    causal: bool = True
+
+    @property
+    def longhand(self) -> bool:
+        """Whether no fused kernel can compute this attention."""
+        return self.softcap is not None or self.sinks
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """A dense MLP: plain, gated, or SoLU with a LayerNorm behind the activation."""
+
+    d_mlp: int
+    gated: bool
+    act: str
+    act_norm: NormSpec | None = None
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """A mixture of experts around Hugging Face's own router and experts.
+
+    ``order``: softmax over all experts, then pick ("softmax_topk"), or pick, then softmax over the
+    picked ("topk_softmax"). ``normalise``: picked weights are divided by their sum.
+    """
+
+    n_experts: int
+    top_k: int
+    order: Literal["softmax_topk", "topk_softmax"]
+    normalise: bool
+    d_mlp: int
+    act: str = ""
+
+
+@dataclass(frozen=True)
+class OpaqueSpec:
+    """A part that runs as Hugging Face wrote it, and why."""
+
+    what: str
+    reason: str
+
+
+Layout = Literal["sequential", "parallel", "post_norm", "mixer"]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block. A norm that is None does not exist; an `OpaqueSpec` stands for a wrapped part.
+
+    ``layout``: sequential; parallel (attention and MLP read the same stream); post_norm (the stream
+    itself is normalised after each addition); mixer (one opaque branch). ``branches_first``: a
+    parallel block adds its branches to each other before the stream. ``shared_norm``: both
+    branches of a parallel block read the same norm.
+    """
+
+    layout: Layout = "sequential"
+    attn: AttentionSpec | OpaqueSpec | None = None
+    mlp: MLPSpec | MoESpec | OpaqueSpec | None = None
+    ln1: NormSpec | None = None
+    ln2: NormSpec | None = None
+    ln1_post: NormSpec | None = None
+    ln2_post: NormSpec | None = None
+    residual_scale: float = 1.0
+    branches_first: bool = True
+    shared_norm: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole model: what enters the stream, the blocks, and how logits are read."""
+
+    d_model: int
+    d_vocab: int
+    blocks: tuple[BlockSpec | OpaqueSpec, ...]
+    ln_final: NormSpec | OpaqueSpec | None = None
+    positions: Literal["standard", "rotary", "alibi", "none", "shortformer", "opaque"] = "none"
+    embed_scale: float | None = None
+    embed_norm: NormSpec | None = None
+    logit_scale: float = 1.0
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None
+    notes: tuple[str, ...] = field(default=())
