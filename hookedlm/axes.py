@@ -8,6 +8,7 @@
 | head | query head, ``cfg.n_heads`` of them |
 | kv_head | key/value head, ``cfg.n_key_value_heads`` of them |
 | d_head | width of one head |
+| d_all | all heads side by side, ``n_heads * d_head`` (norms over the full width of q or k) |
 | d_model | width of the residual stream |
 | d_mlp | neurons of an MLP |
 | d_vocab | tokens of the vocabulary |
@@ -23,6 +24,7 @@ AXES = (
     "kv_head",
     "d_head",
     "d_model",
+    "d_all",
     "d_mlp",
     "d_vocab",
     "expert",

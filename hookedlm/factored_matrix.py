@@ -109,14 +109,14 @@ class FactoredMatrix:
             return FactoredMatrix(other @ self.A, self.B)
         return FactoredMatrix(other, self.AB)
 
-    def __mul__(self, scalar: float | Tensor) -> FactoredMatrix:
+    def __mul__(self, scalar: int | float | Tensor) -> FactoredMatrix:
         """Scaled by a number or a tensor of one element; raises InputError for larger tensors."""
         return FactoredMatrix(self.A * one_number(scalar), self.B)
 
-    def __rmul__(self, scalar: float | Tensor) -> FactoredMatrix:
+    def __rmul__(self, scalar: int | float | Tensor) -> FactoredMatrix:
         return self * scalar
 
-    def __truediv__(self, scalar: float | Tensor) -> FactoredMatrix:
+    def __truediv__(self, scalar: int | float | Tensor) -> FactoredMatrix:
         return FactoredMatrix(self.A / one_number(scalar), self.B)
 
     def __neg__(self) -> FactoredMatrix:
@@ -299,7 +299,7 @@ def picked(matrix: Tensor, index: Any, axis: int) -> Tensor:
     return matrix.index_select(axis, chosen % size)
 
 
-def one_number(scalar: float | Tensor) -> float | Tensor:
+def one_number(scalar: int | float | Tensor) -> int | float | Tensor:
     """A python number, or a tensor of one element without its dimensions."""
     if not isinstance(scalar, Tensor):
         return scalar

@@ -20,6 +20,7 @@ from hookedlm.errors import InputError, NotOneTokenError, TokenizerError
 
 Side = Literal["left", "right"]
 IntLike = (int, np.integer)
+SPACES = ("Ġ", "▁")  # how vocabularies spell a leading space: byte-level, SentencePiece
 TokensLike = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Int[Tensor, "..."]
 """Token ids of any rank, in whatever container."""
 
@@ -39,10 +40,11 @@ def affixes(
 ) -> tuple[list[int], list[int]]:
     """The ids the tokenizer puts before and after every text, found by watching it do so.
 
-    ``texts`` are tried where the letter "a" is nothing to this tokenizer.
+    It is watched at the shortest of ``texts`` that is any token at all; a text of our own might be
+    one that it can't read. With nothing to tell before from after, only a leading BOS is "before".
     """
-    for probe in ("a", *texts):
-        [plain], [full] = encode(tokenizer, [probe], False), encode(tokenizer, [probe], True)
+    for text in sorted(texts, key=len):
+        [plain], [full] = encode(tokenizer, [text], False), encode(tokenizer, [text], True)
         for start in range(len(full) - len(plain) + 1):
             if plain and full[start : start + len(plain)] == plain:
                 return full[:start], full[start + len(plain) :]
@@ -177,6 +179,8 @@ class TokenMethods:
         is_pad = (tokens == self.pad_token_id).long()
         run = (is_pad if left else is_pad.flip(-1)).cumprod(-1).sum(-1)
         n_padded = (run - run.min()).unsqueeze(-1)
+        if self.pad_token_id == self.tokenizer.bos_token_id:
+            n_padded = n_padded.clamp(max=tokens.shape[-1] - 1)  # an empty text has its BOS still
         pos = torch.arange(tokens.shape[-1], device=tokens.device)
         return (pos >= n_padded if left else pos < tokens.shape[-1] - n_padded).long()
 
@@ -222,13 +226,14 @@ class TokenMethods:
         if len(ids) == 1:
             return ids[0]
         message = f"{string!r} is {len(ids)} tokens, not one: {self._pieces(ids)}."
-        other = string[1:] if string.startswith(" ") else f" {string}"
-        if len(encode(tokenizer, [other], special=False)[0]) == 1:
-            message += f" {other!r} is one: most words in a text begin with their space."
-        elif string and not string.startswith(" "):
-            message += (
-                " In a text most words begin with a space; choose one that is a single token."
-            )
+        # Looked up, not encoded: some vocabularies raise on a text they can't read.
+        spaced = string.startswith(" ")
+        entries = [string[1:]] if spaced else [f"{space}{string}" for space in SPACES]
+        found = set(tokenizer.convert_tokens_to_ids(entries)) - {None, tokenizer.unk_token_id}
+        if found and string:
+            message += f" {string[1:] if spaced else f' {string}'!r} is one."
+        elif string and " " not in string:
+            message += " Try a leading space, with which most words begin in a text."
         raise NotOneTokenError(message)
 
     def to_single_str_token(self, int_token: int) -> str:
@@ -381,6 +386,6 @@ def as_ids(tokens: Any) -> Int[Tensor, "..."]:
 
 def checked_side(side: str) -> Side:
     """``side`` if it is one; raises InputError for anything but "left" and "right"."""
-    if side == "left" or side == "right":
-        return side
-    raise InputError(f"padding_side is 'left' or 'right', not {side!r}")
+    if side not in ("left", "right"):
+        raise InputError(f"padding_side is 'left' or 'right', not {side!r}")
+    return "left" if side == "left" else "right"

@@ -9,6 +9,9 @@ a model card, whose figures are those measured at the end of this run.
 
 The run fails, and leaves the folder alone, if the model misses a bar on any task: what was
 trained is then written to a folder of the same name with "-rejected" appended.
+
+On a machine that does other work as well, set OMP_WAIT_POLICY=passive: threads that spin while
+they wait for each other make the run several times slower there.
 """
 
 from __future__ import annotations
@@ -516,8 +519,6 @@ def main() -> int:
     """Train, measure, write; 1 if a bar was missed."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    # Vanishing gradients would otherwise reach subnormal numbers, tenfold slower on many CPUs.
-    torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(args.positions)
     model = build_model(args.layers, args.width, args.heads, args.positions)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hookedlm.errors import InputError
-from hookedlm.factored_matrix import FactoredMatrix
+from hookedlm.factored_matrix import FactoredMatrix, collapsed
 
 close = torch.testing.assert_close
 
@@ -130,6 +130,15 @@ def test_norm_is_frobenius(f):
     close(f32.norm(), torch.linalg.matrix_norm(f.AB).float(), rtol=1e-5, atol=0)
 
 
+def test_broadcast_factors_are_decomposed_once():
+    f = FactoredMatrix(rand(7, 3), rand(2, 1, 3, 5).expand(2, 4, 3, 5))
+    assert f.A.shape == (2, 4, 7, 3)
+    assert collapsed(f.A).shape == (1, 1, 7, 3)
+    assert collapsed(f.B).shape == (2, 1, 3, 5)
+    close(f.norm(), torch.linalg.matrix_norm(f.AB))
+    close(f.S, torch.linalg.svdvals(f.AB)[..., :3])
+
+
 def test_norm_of_factors_that_nearly_cancel():
     # |A| and |B| are about 1000 times |AB|: squared in float32, nothing would be left.
     basis = torch.linalg.qr(rand(8, 8)).Q
@@ -181,8 +190,10 @@ def test_make_even_splits_the_singular_values(f):
 def test_svd_is_not_stale_and_not_detached():
     A, B = rand(5, 2).requires_grad_(), rand(2, 4)
     f = FactoredMatrix(A, B)
-    with torch.no_grad():
-        assert not f.S.requires_grad
+    for _ in range(2):
+        with torch.no_grad():
+            assert not f.S.requires_grad
+        assert f.S.requires_grad
     for _ in range(2):  # a kept result would have lost its graph
         A.grad = None
         f.S.square().sum().backward()

@@ -19,6 +19,7 @@ SHORTHAND = [
     (("embed",), "hook_embed"),
     (("pos_embed",), "hook_pos_embed"),
     (("normalized", 27, "ln2"), "blocks.27.ln2.hook_normalized"),
+    (("scale4", None, "ln1"), "blocks.4.ln1.hook_scale"),
     (("normalized3ln2",), "blocks.3.ln2.hook_normalized"),
     (("scale4ln1",), "blocks.4.ln1.hook_scale"),
     (("scale", 3, "ln1"), "blocks.3.ln1.hook_scale"),
@@ -58,7 +59,7 @@ def test_shorthand_becomes_the_full_name(args, name):
 
 def test_a_layer_named_twice_must_be_the_same():
     assert get_act_name("k6", 6) == "blocks.6.attn.hook_k"
-    with pytest.raises(HookNameError, match="layer 6 .* is 3"):
+    with pytest.raises(HookNameError, match=r"layer 6 .* is 3"):
         get_act_name("k6", 3)
 
 
@@ -94,6 +95,8 @@ GPT2_SMALL = [
         ("blocks.12.attn.hook_zz", "blocks.11.attn.hook_z"),
         ("hook_resid_post4", "blocks.4.hook_resid_post"),
         ("resid_post", "blocks.0.hook_resid_post"),
+        ("blocks.99.ln2.hook_scale", "blocks.11.ln2.hook_scale"),
+        ("z", "blocks.0.attn.hook_z"),
         ("blocks.2.hook_scale", "blocks.2.ln1.hook_scale"),
         ("hook_embedding", "hook_embed"),
         ("ln_final.hook_normalised", "ln_final.hook_normalized"),

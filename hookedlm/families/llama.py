@@ -15,7 +15,7 @@ ROWS = {
     "smollm3": LLAMA.but(rotary_if="self_attn.use_rope"),
     "granite": LLAMA.but(
         embed_scale="config.embedding_multiplier",
-        residual_scale="residual_multiplier",
+        residual_scale=".residual_multiplier",
         logit_divisor="config.logits_scaling",
     ),
     "phi3": LLAMA.but(

@@ -2,7 +2,8 @@
 
 A row holds names, never sizes. A *place* is a dotted path, from the block for parts of a block and
 from the model for the rest; a tuple of places means the first that exists. A *fact* is a constant,
-a place whose value is read, or ``"config.<key>"``. A `Choice` picks by a key of the config.
+or, if it is a string with a dot in it, a place whose value is read (``".name"`` on the block or
+model itself, ``"config.<key>"`` in the config). A `Choice` picks by a key of the config.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Row:
     softcap: Fact = None
     clip: Fact = None
     sinks: Place = None
-    window: Place = None
+    window: Fact = None
     causal: Fact = True
 
     # Positions

@@ -20,15 +20,14 @@ class Context:
 
     ``mask`` as it was prepared: None (causal, or everything for a single query), boolean (True may
     be attended to) or additive. ``bias`` is added to the scores (ALiBi). ``rotary`` holds the
-    tables the layer's rotation understands. ``args``/``kwargs`` are what Hugging Face would call
-    its own block with, for opaque parts.
+    tables the layer's rotation understands. ``kwargs`` are what Hugging Face would call its own
+    block with, by name, for opaque parts.
     """
 
     mask: Optional[Tensor] = None
     bias: Optional[Float[Tensor, "batch head pos key_pos"]] = None
     rotary: Optional[tuple[Tensor, ...]] = None
     remember: Optional[Remember] = None
-    args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def allowed(self, n_query: int, n_key: int) -> Optional[Bool[Tensor, "batch head pos key_pos"]]:

@@ -107,4 +107,4 @@ class OpaqueBlock(nn.Module):
         self, resid: Float[Tensor, "batch pos d_model"], ctx: Context
     ) -> Float[Tensor, "batch pos d_model"]:
         resid = self.hook_resid_pre(resid)
-        return self.hook_resid_post(first(self.module(resid, *ctx.args, **ctx.kwargs)))
+        return self.hook_resid_post(first(self.module(resid, **ctx.kwargs)))

@@ -1,0 +1,122 @@
+"""Check: Hugging Face's blocks and ours, side by side, on a small padded batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from hookedlm.convert.prepare import BlockCall, Call
+from hookedlm.convert.report import Agreement
+from hookedlm.hooks import HookPoint, HookRequest, attached
+from hookedlm.layers.opaque import first
+
+TOLERANCES = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+"""Largest relative error of a block that still counts as the same, by the model's dtype."""
+
+LENGTHS = (11, 7)
+"""Real tokens in the two rows of the check's batch: the second row is padded on the left."""
+
+
+@dataclass
+class Truth:
+    """What Hugging Face's model computed on the check's batch."""
+
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    position_ids: Int[Tensor, "batch pos"]
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    returned_tuple: bool = False
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def positions_of(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Position ids that count only real tokens, as transformers' generation does."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def run_truth(model: nn.Module, blocks: Sequence[nn.Module], d_vocab: int) -> Truth:
+    """One forward pass of Hugging Face's model, every block's call and output written down."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    n = max(LENGTHS)
+    tokens = torch.randint(d_vocab, (len(LENGTHS), n), generator=generator)
+    mask = torch.stack([torch.arange(n) >= n - length for length in LENGTHS]).long()
+    truth = Truth(tokens.to(device), mask.bool().to(device), positions_of(mask).to(device))
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, *rest = args if args else (kwargs["hidden_states"],)
+        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        truth.calls.append(Call(hidden, tuple(rest), kwargs))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        truth.returned_tuple = isinstance(output, tuple)
+        truth.outputs.append(first(output))
+
+    accepts = inspect.signature(model.forward).parameters
+    kwargs: dict[str, Any] = {"input_ids": truth.tokens, "attention_mask": mask.to(device)}
+    if "position_ids" in accepts:
+        kwargs["position_ids"] = truth.position_ids
+    kwargs = {name: value for name, value in kwargs.items() if name in accepts}
+    if "use_cache" in accepts:
+        kwargs["use_cache"] = False
+    with ExitStack() as stack:
+        for block in blocks:
+            handles = (
+                block.register_forward_pre_hook(before, with_kwargs=True),
+                block.register_forward_hook(after),
+            )
+            for handle in handles:
+                stack.callback(handle.remove)
+        truth.logits = model(**kwargs).logits
+    return truth
+
+
+def compare(ours: Tensor, theirs: Tensor, real: Bool[Tensor, "batch pos"]) -> Agreement:
+    """Relative error over the real positions; not a number counts as infinitely wrong."""
+    if ours.shape != theirs.shape:
+        return Agreement(float("inf"), False)
+    a, b = ours[real].double(), theirs[real].double()
+    error = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+    return Agreement(error if error == error else float("inf"), bool(torch.equal(a, b)))
+
+
+def listen_to_all(module: nn.Module) -> list[HookRequest]:
+    """Observers on every hook point of a module, so that its longhand code runs."""
+
+    def look(x: Tensor, hook: HookPoint) -> None:
+        """See and leave alone."""
+
+    points = [point for point in module.modules() if isinstance(point, HookPoint)]
+    return [HookRequest(point, look, observes=True) for point in points]
+
+
+@torch.no_grad()
+def check_block(
+    block: nn.Module, call: BlockCall, truth: Truth, layer: int
+) -> tuple[Agreement, Agreement]:
+    """(quiet, listening): the block run on Hugging Face's input, both ways."""
+    hidden = truth.calls[layer].hidden
+    context = call.context(truth.calls[layer], past=0)
+    quiet = compare(block(hidden, context), truth.outputs[layer], truth.real)
+    with attached(listen_to_all(block)):
+        out = block(hidden, context)
+    return quiet, compare(out, truth.outputs[layer], truth.real)
+
+
+def within(agreement: Agreement, dtype: torch.dtype) -> bool:
+    """Whether an agreement is as good as this dtype allows."""
+    return agreement.error <= TOLERANCES.get(dtype, 1e-5)

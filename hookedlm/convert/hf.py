@@ -1,0 +1,183 @@
+"""The untyped border: how tensors and parts are fetched from Hugging Face's modules.
+
+Everything outside this folder sees typed values. Inside, objects are looked up by name, because
+that is all two hundred modelling files have in common.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hookedlm.families.row import Choice, Fact, Place
+from hookedlm.layers.attention import Rotate
+
+
+class MissingPartError(LookupError):
+    """A row names a part this module does not have."""
+
+
+def at(root: Any, path: str) -> Any:
+    """The object at a dotted path; raises MissingPartError naming the path."""
+    here = root
+    for name in path.split("."):
+        if not hasattr(here, name):
+            raise MissingPartError(f"no {path!r} in {type(root).__name__}")
+        here = getattr(here, name)
+    return here
+
+
+def find(root: Any, place: Place) -> Optional[Any]:
+    """The first object of a place that exists and is not None, else None."""
+    for path in (place,) if isinstance(place, str) else place or ():
+        try:
+            found = at(root, path)
+        except MissingPartError:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+class ConfigReads:
+    """A config that remembers which of its keys were read."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.read: set[str] = set()
+
+    def __call__(self, key: str) -> Any:
+        self.read.add(key)
+        return getattr(self.config, key, None)
+
+
+def resolved(fact: Fact, root: Any, config: ConfigReads) -> Any:
+    """The value a fact of a row has for this module: constants as they are, places looked up."""
+    while isinstance(fact, Choice):
+        value = config(fact.key)
+        fact = fact.options[bool(value) if isinstance(value, int) else value]
+    if not isinstance(fact, str) or "." not in fact:
+        return fact
+    if fact.startswith("config."):
+        return config(fact.removeprefix("config."))
+    return at(root, fact.removeprefix("."))
+
+
+# Tensors --------------------------------------------------------------------------------------------
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether a module is a matrix (and bias) in ordinary tensors: quantised ones are not."""
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(module, (nn.Linear, Conv1D))
+        and isinstance(weight, Tensor)
+        and weight.is_floating_point()
+        and weight.ndim == 2
+    )
+
+
+def flat_weight(module: nn.Module) -> Tensor:
+    """The matrix of a linear module as ``[out, in]``, a view (Conv1D stores it transposed)."""
+    if not is_plain_linear(module):
+        raise MissingPartError(f"{type(module).__name__} holds no plain weight matrix")
+    weight = module.weight
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def bias_of(module: nn.Module) -> Optional[Tensor]:
+    """The bias of a linear module, or None."""
+    return getattr(module, "bias", None)
+
+
+# The copy we work with ------------------------------------------------------------------------------
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares every tensor: ours to take apart, the user's stays whole."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            shared = parameter
+            if type(parameter) is nn.Parameter:
+                shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            memo.setdefault(id(parameter), shared)
+        for buffer in module.buffers(recurse=False):
+            memo.setdefault(id(buffer), buffer)
+    return copy.deepcopy(model, memo)
+
+
+def replace_at(root: nn.Module, path: str, new: Any) -> None:
+    """Put ``new`` where ``path`` points."""
+    *parents, name = path.split(".")
+    setattr(at(root, ".".join(parents)) if parents else root, name, new)
+
+
+# Positions ------------------------------------------------------------------------------------------
+
+
+def has_rotation(attn: nn.Module) -> bool:
+    """Whether the file this module comes from has a rotation of the usual name."""
+    return "apply_rotary_pos_emb" in vars(sys.modules[type(attn).__module__])
+
+
+def rotation(attn: nn.Module, style: str) -> Rotate:
+    """Hugging Face's own rotation for this attention module, behind one signature."""
+    apply = vars(sys.modules[type(attn).__module__])["apply_rotary_pos_emb"]
+
+    def whole(q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return apply(q, k, tables[0], tables[1])
+
+    def partial(q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        n = tables[0].shape[-1]
+        q_turned, k_turned = apply(q[..., :n], k[..., :n], tables[0], tables[1])
+        return torch.cat((q_turned, q[..., n:]), -1), torch.cat((k_turned, k[..., n:]), -1)
+
+    def pairs(q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return tuple(_turned_pairs(apply, x.transpose(1, 2), *tables) for x in (q, k))
+
+    return {"tables": whole, "partial": partial, "pairs": pairs}[style]
+
+
+def _turned_pairs(apply: Any, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    n = 2 * sin.shape[-1]
+    turned = torch.cat((apply(x[..., :n], sin, cos), x[..., n:]), dim=-1)
+    return turned.transpose(1, 2)
+
+
+def pair_tables(attn: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """GPT-J's (sin, cos) for position ids ``[batch, pos]``, from the table its attention holds."""
+    table = attn.embed_positions.to(positions.device)
+    sin, cos = table[positions].to(dtype).chunk(2, dim=-1)
+    return sin, cos
+
+
+# Coverage -------------------------------------------------------------------------------------------
+
+
+class Coverage:
+    """Which parameters of a block have been accounted for."""
+
+    def __init__(self, block: nn.Module):
+        self.names = {id(p): name for name, p in block.named_parameters()}
+        self.seen: set[int] = set()
+
+    def take(self, *tensors: Optional[Tensor]) -> None:
+        """These parameters are understood."""
+        self.seen.update(id(tensor) for tensor in tensors if tensor is not None)
+
+    def take_module(self, module: Optional[nn.Module]) -> None:
+        """All parameters of a module that is kept as it is."""
+        if module is not None:
+            self.take(*module.parameters())
+
+    def left(self, under: Optional[nn.Module] = None) -> list[str]:
+        """Names of the parameters nobody accounted for (below a module of the block)."""
+        ids: Iterable[int] = self.names if under is None else map(id, under.parameters())
+        return [self.names[i] for i in ids if i not in self.seen and i in self.names]

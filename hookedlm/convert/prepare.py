@@ -1,0 +1,167 @@
+"""Prepare: Hugging Face's own code makes masks, rotary tables and the rest, for blocks we drive.
+
+A copy of the base model whose blocks are recorders is run on the embeddings; what each recorder was
+called with becomes that layer's `Context`. Nothing about masks or positions is written twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hookedlm.convert import hf
+from hookedlm.families.row import Row
+from hookedlm.layers.context import Context
+
+
+
+@dataclass
+class Call:
+    """How Hugging Face called one of its blocks: the stream, and everything else."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class CallRecorder(nn.Module):
+    """Stands in a block's place, writes down how it is called and passes the stream on."""
+
+    def __init__(self, block: nn.Module, calls: list[Call], returns_tuple: bool):
+        super().__init__()
+        plain = {n: v for n, v in vars(block).items() if not n.startswith("_") and _harmless(v)}
+        self.__dict__.update(plain)  # loops ask their blocks things like `attention_type`
+        self.calls = calls
+        self.returns_tuple = returns_tuple
+        self.substitute: Optional[Tensor] = None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(Call(hidden, args, kwargs))
+        hidden = hidden if self.substitute is None else self.substitute
+        return (hidden, None) if self.returns_tuple else hidden
+
+
+def _harmless(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, tuple))
+
+
+@dataclass
+class BlockCall:
+    """What must be known of one block to read its calls."""
+
+    names: tuple[str, ...]
+    """Names of the block's parameters after the stream, in order."""
+    opaque: bool
+    """Whether a part of it needs Hugging Face's arguments."""
+    mask_hides: bool = False
+    bias: Optional[str] = None
+    n_heads: int = 0
+    rotary: Optional[str] = None
+    attn: Optional[nn.Module] = None
+    mask_table: Optional[Tensor] = None
+
+    def bound(self, call: Call) -> dict[str, Any]:
+        """All arguments by name."""
+        return {**dict(zip(self.names, call.args)), **call.kwargs}
+
+    def context(self, call: Call, past: int) -> Context:
+        """The uniform layer's view of a call. ``past`` is the number of cached positions."""
+        values = self.bound(call)
+        n_query = call.hidden.shape[1]
+        mask = self._mask(values.get("attention_mask"), n_query, past)
+        return Context(
+            mask=mask,
+            bias=self._bias(values, n_query + past if mask is None else mask.shape[-1]),
+            rotary=self._rotary(values, call.hidden),
+            kwargs=values if self.opaque else {},
+        )
+
+    def _mask(self, mask: Optional[Tensor], n_query: int, past: int) -> Optional[Tensor]:
+        if mask is not None and mask.dtype == torch.bool and self.mask_hides:
+            mask = ~mask
+        if self.mask_table is None:
+            return mask
+        n_key = n_query + past if mask is None else mask.shape[-1]
+        table = self.mask_table[:, :, n_key - n_query : n_key, :n_key]
+        if mask is None:
+            return table
+        if mask.dtype == torch.bool:
+            return mask & table
+        return mask.masked_fill(~table, torch.finfo(mask.dtype).min)
+
+    def _bias(self, values: dict[str, Any], n_key: int) -> Optional[Tensor]:
+        if self.bias is None or values.get(self.bias) is None:
+            return None
+        bias = values[self.bias]
+        return bias.reshape(-1, self.n_heads, bias.shape[-2], bias.shape[-1])[..., -n_key:]
+
+    def _rotary(self, values: dict[str, Any], hidden: Tensor) -> Optional[tuple[Tensor, ...]]:
+        if self.rotary == "pairs":
+            assert self.attn is not None
+            return hf.pair_tables(self.attn, values["position_ids"], hidden.dtype)
+        tables = values.get("position_embeddings")
+        return None if self.rotary is None or tables is None else tuple(tables)
+
+
+@dataclass
+class Prepared:
+    """A pass made ready: the contexts, and the stream as Hugging Face's own embedding made it."""
+
+    contexts: list[Context] = field(default_factory=list)
+    stream: Optional[Float[Tensor, "batch pos d_model"]] = None
+
+
+class HFPreparer:
+    """Runs the base model over recorders. Its module is ours, moved and cast with the weights."""
+
+    def __init__(self, base: nn.Module, row: Row, calls: list[Call], blocks: Sequence[BlockCall]):
+        self.module = base
+        self.row = row
+        self.calls = calls
+        self.blocks = list(blocks)
+        parameters = inspect.signature(base.forward).parameters
+        self.accepts = set(parameters)
+        self.anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.reusable = not any(block.opaque for block in self.blocks)
+
+    def __call__(
+        self,
+        *,
+        tokens: Optional[Int[Tensor, "batch pos"]] = None,
+        embeds: Optional[Float[Tensor, "batch pos d_model"]] = None,
+        attention_mask: Optional[Int[Tensor, "batch all_pos"]] = None,
+        position_ids: Optional[Int[Tensor, "batch pos"]] = None,
+        cache: Any = None,
+    ) -> Prepared:
+        """Contexts for one pass over tokens, or over embeddings (or any stream) of that shape."""
+        past = 0 if cache is None else int(cache.get_seq_length())
+        given = {
+            "input_ids": tokens,
+            "inputs_embeds": embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": cache,
+        }
+        kwargs = {n: v for n, v in given.items() if v is not None and n in self.accepts}
+        if "use_cache" in self.accepts:
+            kwargs["use_cache"] = cache is not None
+        self.calls.clear()
+        try:
+            self.module(**kwargs)
+            contexts = [
+                block.context(call, past) for block, call in zip(self.blocks, self.calls)
+            ]
+            if len(contexts) != len(self.blocks):
+                raise RuntimeError(
+                    f"{type(self.module).__name__} called {len(contexts)} of "
+                    f"{len(self.blocks)} blocks"
+                )
+            return Prepared(contexts, self.calls[0].hidden)
+        finally:
+            self.calls.clear()

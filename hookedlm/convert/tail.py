@@ -1,0 +1,43 @@
+"""`OpaqueTail`: logits by Hugging Face's own code, from a stream that our blocks computed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from hookedlm.convert.prepare import CallRecorder, HFPreparer
+
+
+class OpaqueTail:
+    """Runs the model over its recorders; the last one hands on our stream instead of its input."""
+
+    def __init__(self, model: nn.Module, preparer: HFPreparer):
+        self.model = model
+        self.preparer = preparer
+        self.accepts = set(inspect.signature(model.forward).parameters)
+
+    def __call__(
+        self,
+        stream: Tensor,
+        tokens: Optional[Tensor],
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Logits ``[batch, pos, d_vocab]`` of the stream leaving the last block."""
+        given: dict[str, Any] = {
+            "input_ids": tokens,
+            "inputs_embeds": stream if tokens is None else None,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": False,
+        }
+        recorders = [m for m in self.preparer.module.modules() if isinstance(m, CallRecorder)]
+        recorders[-1].substitute = stream
+        try:
+            kwargs = {n: v for n, v in given.items() if v is not None and n in self.accepts}
+            return self.model(**kwargs).logits
+        finally:
+            recorders[-1].substitute = None
+            self.preparer.calls.clear()
