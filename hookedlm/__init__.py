@@ -1,3 +1,14 @@
 """Hugging Face causal language models as one uniform transformer with a hook point everywhere."""
 
 __version__ = "0.1.0"
+
+from hookedlm.cache import ActivationCache as ActivationCache
+from hookedlm.config import HookedTransformerConfig as HookedTransformerConfig
+from hookedlm.factored_matrix import FactoredMatrix as FactoredMatrix
+from hookedlm.hooks import HookPoint as HookPoint
+from hookedlm.load import load as load
+from hookedlm.load import load_demo as load_demo
+from hookedlm.model import HookedTransformer as HookedTransformer
+from hookedlm.names import get_act_name as get_act_name
+from hookedlm.root import HookedRootModule as HookedRootModule
+from hookedlm.slices import Slice as Slice

@@ -118,6 +118,10 @@ EXTRA_WORDS = _words(
     """
 )
 
+# Words that take the place of names in some indirect-object documents. With names alone, the model
+# learns which names may follow, and not to say the held-out ones; so it must copy what it finds.
+STAND_INS = tuple(dict.fromkeys((*COUNTRIES, *CAPITALS.values(), *EXTRA_WORDS)))
+
 # --------------------------------------------------------------------------------------------
 # Templates
 # --------------------------------------------------------------------------------------------
@@ -220,6 +224,8 @@ STORY_SENTENCES = (
     "A {kind} {animal} came out of the {place}.",
     "The sun was warm and the sky was blue.",
     "It was a {kind} day.",
+    "The teacher gave {thing} to {name}.",
+    "The people at the {place} talked to {name}.",
 )
 # Sentences without any name; they may stand before a sentence of another task.
 FILLERS = (
@@ -396,8 +402,11 @@ def indirect_object_prompts(
     return [_indirect_object_prompt(split, rng, order) for _ in range(n)]
 
 
-def _indirect_object_prompt(split: str, rng: random.Random, order: str | None) -> Prompt:
-    first, second = _draw_names(rng, split)
+def _indirect_object_prompt(
+    split: str, rng: random.Random, order: str | None, words: Sequence[str] = ()
+) -> Prompt:
+    """One prompt; `words`: take the two people's names from these, whatever the split."""
+    first, second = rng.sample(words, 2) if words else _draw_names(rng, split)
     opening, action, place, noun = _draw_wording(rng, split)
     order = order or rng.choice(("ABBA", "BABA"))
     giver, receiver = (second, first) if order == "ABBA" else (first, second)
@@ -506,7 +515,8 @@ def repeated_tokens(
 
 def indirect_object_document(rng: random.Random) -> str:
     """An indirect-object sentence with its ending, sometimes after a sentence without names."""
-    prompt = _indirect_object_prompt("train", rng, None)
+    words = STAND_INS if rng.random() < 0.25 else ()
+    prompt = _indirect_object_prompt("train", rng, None, words)
     receiver, giver = prompt.answer.strip(), prompt.wrong.strip()
     before = _fill(rng.choice(FILLERS), rng) + " " if rng.random() < 0.15 else ""
     ending = rng.choice(ENDINGS).format(io=receiver, s=giver)
@@ -562,7 +572,8 @@ def story_document(rng: random.Random) -> str:
         country = rng.choice(COUNTRIES)
         chosen = rng.sample(GEOGRAPHY, rng.randint(1, 2))
         return " ".join(s.format(country=country, capital=CAPITALS[country]) for s in chosen)
-    name = rng.choice(NAMES + HELD_OUT_NAMES)
+    # The held-out names are few and have no other sentences: they get more than their share.
+    name = rng.choice(HELD_OUT_NAMES if rng.random() < 0.4 else NAMES)
     noun, place = rng.choice(OBJECTS), rng.choice(PLACES)
     chosen = [rng.choice(STORY_OPENINGS), *rng.sample(STORY_SENTENCES, rng.randint(1, 7))]
     return " ".join(_fill(sentence, rng, name=name, noun=noun, place=place) for sentence in chosen)

@@ -56,7 +56,7 @@ KNOWN_PROMPTS = {
 }
 
 # Rows of each kind in a training step, and the share of the kind's loss in the step's loss.
-ROWS = {"indirect object": 48, "capitals": 32, "stories": 24}
+ROWS = {"indirect object": 48, "capitals": 16, "stories": 24}
 SHARES = {"indirect object": 1.0, "capitals": 1.0, "stories": 0.5, "repeated": 1.5}
 REPEATED_TOKENS_PER_STEP = 2048
 ANSWER_WEIGHT = 5.0  # of a token in square brackets, where ordinary text has 1
@@ -387,7 +387,8 @@ On indirect objects the answer's logit is on average {difference:.1f} above that
 
 * pairs: one pair of names in ten never shares a sentence in training.
 * names: {n_held_out_names} of {n_names} names never stand in a sentence with a second name. The
-  model knows them from one-person sentences and from random sequences only.
+  model knows them from one-person sentences ("The teacher gave a book to Wendy.") and from random
+  sequences only.
 * combinations: one in ten of opening x action x place x object.
 * wordings: one in ten of opening x action, with any filling.
 * capitals, statement: one in six of phrasing x country ({n_phrasings} phrasings), and for the plain
@@ -501,9 +502,9 @@ def write_checkpoint(
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hookedlm/demo"), help="folder to write")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--decay", type=float, default=0.05, help="weight decay")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
@@ -511,7 +512,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--positions", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n-eval", type=int, default=1000, help="held-out examples per task")
-    parser.add_argument("--check-every", type=int, default=250, help="steps between progress lines")
+    parser.add_argument("--check-every", type=int, default=100, help="steps between progress lines")
     return parser.parse_args()
 
 

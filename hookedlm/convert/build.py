@@ -71,7 +71,7 @@ def build_attention(
     return Attention(
         reading.spec,
         reading.tensors,
-        None if style is None else hf.rotation(reading.module, style),
+        None if style is None else hf.Rotation(reading.module, style),
         _qk_norm(reading.q_norm, reading.spec.qk_norm, QUERY),
         _qk_norm(reading.k_norm, reading.spec.qk_norm, KEY),
     )

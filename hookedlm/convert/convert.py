@@ -287,7 +287,7 @@ def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> 
             normed = stream if conversion.ln_final is None else conversion.ln_final(stream)
             agreement = compare(conversion.unembed(normed), truth.logits, truth.real)
         if within(agreement, dtype):
-            _strip(own, row)
+            _strip(conversion)
             fidelity.parts.append(PartReport("logits", "uniform", agreement))
             return
         reason = f"norm and unembedding give logits {agreement.error:.1e} away"
@@ -304,14 +304,25 @@ def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> 
     fidelity.parts.append(PartReport("logits", "opaque head", agreement, None, reason))
 
 
-def _strip(own: nn.Module, row: Row) -> None:
-    """Take out of our copy of the base what our own layers do."""
-    for place in (row.ln_final,):
-        if hf.find(own, place) is not None:
-            hf.replace_at(own, str(place), nn.Identity())
-    for place in (row.embed_proj, row.unembed_proj):
-        if hf.find(own, place) is not None:
-            hf.replace_at(own, str(place), None)
+class _Nothing(nn.Module):
+    """Stands where a position embedding was: adds zero to whatever it is added to."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(())
+
+
+def _strip(conversion: Conversion) -> None:
+    """Take out of our copy of the base what our own layers do, so that it holds no weights."""
+    own, row = conversion.own, conversion.row
+    gone: list[tuple[Any, Any]] = [(row.ln_final, nn.Identity()), (row.unembed_proj, None)]
+    gone.append((row.unembed, nn.Identity()))
+    if conversion.embed is not None:
+        gone += [(row.embed_proj, None), (row.embed_norm, nn.Identity())]
+        gone += [(row.pos_embed, _Nothing()), (row.embed, nn.Identity())]
+    for places, stand_in in gone:
+        for place in (places,) if isinstance(places, str) else places or ():
+            if hf.find(own, place) is not None:
+                hf.replace_at(own, place, stand_in)
 
 
 INERT = {

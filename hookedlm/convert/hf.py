@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hookedlm.families.row import Choice, Fact, Place
-from hookedlm.layers.attention import Rotate
 
 
 class MissingPartError(LookupError):
@@ -127,28 +126,35 @@ def has_rotation(attn: nn.Module) -> bool:
     return "apply_rotary_pos_emb" in vars(sys.modules[type(attn).__module__])
 
 
-def rotation(attn: nn.Module, style: str) -> Rotate:
-    """Hugging Face's own rotation for this attention module, behind one signature."""
-    apply = vars(sys.modules[type(attn).__module__])["apply_rotary_pos_emb"]
+class Rotation:
+    """Hugging Face's own rotation behind one signature (a class, so that models can be pickled).
 
-    def whole(q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        return apply(q, k, tables[0], tables[1])
+    ``style``: "tables" turns all of q and k (or what the family's function turns), "partial" as
+    many dimensions as the tables are wide, "pairs" neighbouring pairs as GPT-J does.
+    """
 
-    def partial(q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def __init__(self, attn: nn.Module, style: str):
+        self.apply = vars(sys.modules[type(attn).__module__])["apply_rotary_pos_emb"]
+        self.turn = {"tables": self._whole, "partial": self._partial, "pairs": self._pairs}[style]
+
+    def __call__(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.turn(q, k, tables)
+
+    def _whole(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.apply(q, k, tables[0], tables[1])
+
+    def _partial(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         n = tables[0].shape[-1]
-        q_turned, k_turned = apply(q[..., :n], k[..., :n], tables[0], tables[1])
+        q_turned, k_turned = self.apply(q[..., :n], k[..., :n], tables[0], tables[1])
         return torch.cat((q_turned, q[..., n:]), -1), torch.cat((k_turned, k[..., n:]), -1)
 
-    def pairs(q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        return tuple(_turned_pairs(apply, x.transpose(1, 2), *tables) for x in (q, k))
+    def _pairs(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self._turned_pairs(q, *tables), self._turned_pairs(k, *tables)
 
-    return {"tables": whole, "partial": partial, "pairs": pairs}[style]
-
-
-def _turned_pairs(apply: Any, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    n = 2 * sin.shape[-1]
-    turned = torch.cat((apply(x[..., :n], sin, cos), x[..., n:]), dim=-1)
-    return turned.transpose(1, 2)
+    def _turned_pairs(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        x, n = x.transpose(1, 2), 2 * sin.shape[-1]
+        turned = torch.cat((self.apply(x[..., :n], sin, cos), x[..., n:]), dim=-1)
+        return turned.transpose(1, 2)
 
 
 def pair_tables(attn: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -129,6 +129,7 @@ class HFPreparer:
         self.accepts = set(parameters)
         self.anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.reusable = not any(block.opaque for block in self.blocks)
+        self.growing = [m for m in base.modules() if "original_inv_freq" in m._buffers]
 
     def __call__(
         self,
@@ -152,6 +153,7 @@ class HFPreparer:
         if "use_cache" in self.accepts:
             kwargs["use_cache"] = cache is not None
         self.calls.clear()
+        self._forget_lengths()
         try:
             self.module(**kwargs)
             contexts = [
@@ -165,3 +167,10 @@ class HFPreparer:
             return Prepared(contexts, self.calls[0].hidden)
         finally:
             self.calls.clear()
+
+    def _forget_lengths(self) -> None:
+        """Rotary tables that grow with the longest prompt seen start afresh: what a prompt gives
+        must not depend on the prompts before it."""
+        for rotary in self.growing:
+            rotary.inv_freq = rotary.original_inv_freq
+            rotary.max_seq_len_cached = rotary.original_max_seq_len

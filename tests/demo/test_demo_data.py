@@ -155,7 +155,7 @@ def names_in(text, names=ALL_NAMES):
 def test_training_has_no_held_out_names_or_pairs(make):
     for text in training_texts(make):
         names = sorted(names_in(text))
-        assert len(names) in (2, 3)
+        assert len(names) in (0, 2, 3)  # none where other words stand in for names
         assert not names_in(text, data.HELD_OUT_NAMES)
         pairs = [(a, b) for a in names for b in names if a < b]
         assert not any(data.held_out_pair(*pair) for pair in pairs), text

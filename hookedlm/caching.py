@@ -1,0 +1,152 @@
+"""`CachingMethods`: run a model and keep its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookedlm.cache import ActivationCache
+from hookedlm.derive import Activations, Deferred, derivations, points_of
+from hookedlm.errors import InputError
+from hookedlm.hooks import HookRequest
+from hookedlm.layers.context import Context
+from hookedlm.root import HookedRootModule, NamesFilter, Recorder, names_given
+from hookedlm.slices import SliceInput
+
+if TYPE_CHECKING:
+    from hookedlm.model import HookedTransformer
+
+
+class CachingMethods(HookedRootModule):
+    """`run_with_cache` for models whose full cache need not disturb the fused kernels."""
+
+    def run_with_cache(
+        self: HookedTransformer,
+        *model_args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: SliceInput = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """(output, `ActivationCache`) of one forward pass; arguments of `forward` are passed on.
+
+        Everything by default: the kernels stay fused, and scores, patterns and norms are computed
+        when the cache is asked for them. ``names_filter`` (name, glob, list or predicate) listens
+        to just these. ``device``, ``dtype`` and ``pos_slice`` apply as tensors are recorded.
+        ``incl_bwd`` calls ``output.backward()`` and adds ``<name>_grad``. With
+        ``return_cache_object=False`` a plain dictionary is returned.
+        """
+        options: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "remove_batch_dim": remove_batch_dim,
+            "pos_slice": pos_slice,
+        }
+        if incl_bwd and not torch.is_grad_enabled():
+            raise InputError("incl_bwd needs gradients, and they are switched off here")
+        deferred = (
+            names_filter is None
+            and pos_slice is None
+            and dtype is None
+            and not incl_bwd
+            and model_kwargs.get("past_kv_cache") is None
+        )
+        points = self.select(names_filter)
+        quiet = self._quiet_points() if deferred else {}
+        store: dict[str, Tensor] = {}
+        recorder = Recorder(store, compacts=names_filter is not None, **options)
+        requests = [
+            HookRequest(p, recorder, observes=True) for p in points if p.name not in quiet
+        ]
+        if incl_bwd:
+            grads = Recorder(store, suffix="_grad", **options)
+            requests += [HookRequest(p, grads, "bwd", observes=True) for p in points]
+        named = names_given(names_filter)
+        with self.listening(requests, named, reset_hooks_end, clear_contexts):
+            output = self(*model_args, **model_kwargs)
+            contexts = self.driver.latest
+            if incl_bwd:
+                output.backward()
+        cache = self._ordered(store, quiet, contexts, remove_batch_dim)
+        if not return_cache_object:
+            return output, cache
+        squeezed = remove_batch_dim and _batch_of_one(cache, self.cfg.d_model)
+        return output, ActivationCache(cache, self, has_batch_dim=not squeezed)
+
+    def _quiet_points(self: HookedTransformer) -> dict[str, Any]:
+        """Points to derive afterwards: where nobody else has a hook in the same part."""
+        table = derivations(self)
+        busy = tuple(
+            prefix
+            for prefix, part in (
+                *((f"blocks.{i}.", block) for i, block in enumerate(self.blocks)),
+                ("ln_final.", self.ln_final),
+            )
+            if part is not None and any(point.edited for point in points_of(part))
+        )
+        return {name: how for name, how in table.items() if not name.startswith(busy or ("\0",))}
+
+    def _ordered(
+        self: HookedTransformer,
+        store: dict[str, Tensor],
+        quiet: dict[str, Any],
+        contexts: Sequence[Context],
+        remove_batch_dim: bool,
+    ) -> Activations:
+        """What was recorded and what follows from it, in firing order."""
+        sources = dict(store)
+        if remove_batch_dim:
+            sources = {name: x[None] for name, x in store.items()}
+        cache = Activations()
+        for name in self.hook_dict:
+            if name in store:
+                cache[name] = store[name]
+            elif name in quiet and self._reached(name, store):
+                entry = _deferred(quiet[name], sources, _context_of(name, contexts), self)
+                cache[name] = entry.map(lambda x: x[0]) if remove_batch_dim else entry
+        cache.update({name: x for name, x in store.items() if name not in cache})
+        return cache
+
+    def _reached(self, name: str, store: dict[str, Tensor]) -> bool:
+        """Whether the part a derived entry belongs to ran in this pass."""
+        if name.startswith("ln_final."):
+            return "hook_logits" in store
+        layer = name.split(".")[1]
+        return f"blocks.{layer}.hook_resid_post" in store
+
+
+def _context_of(name: str, contexts: Sequence[Context]) -> Context:
+    return contexts[int(name.split(".")[1])] if name.startswith("blocks.") else Context()
+
+
+def _deferred(
+    how: Any, sources: dict[str, Tensor], context: Context, model: HookedTransformer
+) -> Deferred:
+    class Here(dict):
+        """The recorded tensors, where the weights are."""
+
+        def __getitem__(self, name: str) -> Tensor:
+            return sources[name].to(model.device)
+
+    def compute() -> Tensor:
+        recorded = next(iter(sources.values())).device
+        return how(Here(), context).to(recorded)
+
+    return Deferred(compute)
+
+
+def _batch_of_one(cache: Activations, d_model: int) -> bool:
+    """Whether the recorders really took a batch axis of one away."""
+    for name in cache.recorded():
+        if name.endswith(("hook_embed", "hook_resid_pre", "hook_resid_post", "hook_logits")):
+            return cache[name].ndim == 2
+    return True

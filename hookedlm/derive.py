@@ -1,0 +1,162 @@
+"""Entries of a cache that were not recorded but follow from what was.
+
+A plain full cache leaves the fused kernels running. Scores and patterns follow from queries and
+keys, a norm's scale and result from the stream it read: the functions the layers themselves use
+longhand are applied to the recorded tensors when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Optional, TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hookedlm.hooks import HookPoint
+from hookedlm.layers import attention_math as math
+from hookedlm.layers.attention import Attention
+from hookedlm.layers.block import AttentionBranch, ParallelBlock, PostNormBlock
+from hookedlm.layers.context import Context
+from hookedlm.layers.mlp import MLP, GatedMLP
+from hookedlm.layers.norm import Norm
+from hookedlm.layers.qkv import from_heads
+
+if TYPE_CHECKING:
+    from hookedlm.model import HookedTransformer
+
+Tensors = Mapping[str, Tensor]
+
+
+class Deferred:
+    """A tensor that is computed when first asked for."""
+
+    def __init__(self, compute: Callable[[], Tensor]):
+        self.compute = compute
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Deferred:
+        """The same, changed."""
+        return Deferred(lambda: change(self.compute()))
+
+
+class Activations(dict):
+    """A dictionary of activations some of which are still `Deferred`; reading one computes and
+    keeps it. Everything a dict does works, copying and saving included."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        value = super().__getitem__(key)
+        if isinstance(value, Deferred):
+            with torch.no_grad():
+                value = value.compute()
+            self[key] = value
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The activation, or ``default``."""
+        return self[key] if key in self else default
+
+    def values(self):
+        """All activations, computed."""
+        return [self[key] for key in self]
+
+    def items(self):
+        """All (name, activation) pairs, computed."""
+        return [(key, self[key]) for key in self]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Activations:
+        """Every activation changed, the deferred ones when they are asked for."""
+        changed = Activations()
+        for key, value in self.raw():
+            changed[key] = value.map(change) if isinstance(value, Deferred) else change(value)
+        return changed
+
+    def raw(self) -> Iterator[tuple[str, Tensor | Deferred]]:
+        """(name, tensor or Deferred) pairs, nothing computed."""
+        return iter(super().items())
+
+    def recorded(self) -> list[str]:
+        """Names of the activations that are tensors already."""
+        return [key for key, value in self.raw() if isinstance(value, Tensor)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (list(self.items()),)
+
+
+Derivation = Callable[[Tensors, Context], Tensor]
+
+
+def derivations(model: HookedTransformer) -> dict[str, Derivation]:
+    """Name -> how to compute it from a full recording, for every point that allows it."""
+    table: dict[str, Derivation] = {}
+    for layer, block in enumerate(model.blocks):
+        if isinstance(block, AttentionBranch):
+            table.update(_of_block(f"blocks.{layer}", block))
+    if isinstance(model.ln_final, Norm):
+        last = f"blocks.{len(model.blocks) - 1}.hook_resid_post"
+        table.update(_of_norm("ln_final", model.ln_final, lambda t, last=last: t[last]))
+    return table
+
+
+def points_of(part: nn.Module) -> list[HookPoint]:
+    """All hook points of a part of the model."""
+    return [module for module in part.modules() if isinstance(module, HookPoint)]
+
+
+def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
+    table: dict[str, Derivation] = {}
+    pre, mid = f"{name}.hook_resid_pre", f"{name}.hook_resid_mid"
+    attn_out, mlp_out = f"{name}.hook_attn_out", f"{name}.hook_mlp_out"
+    inputs: dict[str, Callable[[Tensors], Tensor]] = {
+        "ln1": lambda t: t[pre],
+        "ln2": lambda t: t[pre] if isinstance(block, ParallelBlock) else t[mid],
+    }
+    if isinstance(block, PostNormBlock):
+        inputs = {"ln1": lambda t: t[pre] + t[attn_out], "ln2": lambda t: t[mid] + t[mlp_out]}
+    attn = block.attn
+    if isinstance(attn, Attention):
+        inputs["ln1_post"] = lambda t: from_heads(t[f"{name}.attn.hook_z"], attn.W_O, attn.live("b_O"))
+        table.update(_of_attention(f"{name}.attn", attn))
+    mlp = block._modules.get("mlp")
+    if isinstance(mlp, (MLP, GatedMLP)):
+        inputs["ln2_post"] = lambda t: mlp.out(t[f"{name}.mlp.hook_post"])
+    for norm_name, read in inputs.items():
+        norm = block._modules.get(norm_name)
+        if isinstance(norm, Norm):
+            table.update(_of_norm(f"{name}.{norm_name}", norm, read))
+    return table
+
+
+def _of_norm(
+    name: str, norm: Norm, read: Callable[[Tensors], Tensor]
+) -> dict[str, Derivation]:
+    def scale(t: Tensors, ctx: Context) -> Tensor:
+        return norm.scale_of(read(t))
+
+    def normalized(t: Tensors, ctx: Context) -> Tensor:
+        x = read(t)
+        return norm.normalized(x, norm.scale_of(x))
+
+    return {f"{name}.hook_scale": scale, f"{name}.hook_normalized": normalized}
+
+
+def _of_attention(name: str, attn: Attention) -> dict[str, Derivation]:
+    rot = "rot_" if attn.rotate is not None else ""
+
+    def scores(t: Tensors, ctx: Context) -> Tensor:
+        q = t[f"{name}.hook_{rot}q"].transpose(1, 2)
+        k = t[f"{name}.hook_{rot}k"].transpose(1, 2)
+        scale = attn.spec.scale
+        if attn.spec.scale_query:
+            q, scale = q * scale, 1.0
+        return attn.scores(q, k, scale, _allowed(attn, q, k, ctx), ctx)
+
+    def pattern(t: Tensors, ctx: Context) -> Tensor:
+        s = scores(t, ctx)
+        q, k = t[f"{name}.hook_q"].transpose(1, 2), t[f"{name}.hook_k"].transpose(1, 2)
+        return math.attention_pattern(s, _allowed(attn, q, k, ctx), attn.live("sinks"))
+
+    return {f"{name}.hook_attn_scores": scores, f"{name}.hook_pattern": pattern}
+
+
+def _allowed(attn: Attention, q: Tensor, k: Tensor, ctx: Context) -> Optional[Tensor]:
+    return attn.allowed(q.shape[2], k.shape[2], ctx, q.device)

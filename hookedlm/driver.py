@@ -1,0 +1,147 @@
+"""The driver: makes each pass ready and remembers what does not depend on the input."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Optional, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hookedlm.convert.check import positions_of
+from hookedlm.convert.prepare import Prepared
+from hookedlm.errors import InputError
+from hookedlm.layers.context import Context
+
+KEPT = 4
+"""Shapes whose contexts are kept: a sweep alternates between one or two."""
+
+
+class Preparer(Protocol):
+    """Makes contexts: Hugging Face's own code (`HFPreparer`), or ours for toy models."""
+
+    module: Optional[nn.Module]
+    reusable: bool
+
+    def __call__(
+        self,
+        *,
+        tokens: Optional[Tensor] = None,
+        embeds: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        cache: Any = None,
+        pos_embed: Optional[Tensor] = None,
+    ) -> Prepared:
+        """Contexts for one pass."""
+        ...
+
+
+class Driver:
+    """Positions, masks and contexts of a pass.
+
+    Contexts of an unpadded pass without a key-value cache depend on nothing but the shape; the
+    last few are kept.
+    """
+
+    def __init__(self, preparer: Preparer):
+        self.preparer = preparer
+        self._kept: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
+        self._masks: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        self.latest: list[Context] = []
+
+    def full_mask(
+        self, mask: Optional[Tensor], n_new: int, past: int, cache: Any
+    ) -> Optional[Int[Tensor, "batch all_pos"]]:
+        """The mask over cached and new positions; raises InputError if lengths don't fit."""
+        remembered = None if cache is None else self._masks.get(cache)
+        if mask is None and (remembered is None or bool(remembered.all())):
+            return None
+        if mask is None:
+            assert remembered is not None
+            mask = remembered.new_ones(remembered.shape[0], n_new)
+        mask = mask.long()
+        if past and mask.shape[1] == n_new:
+            before = remembered if remembered is not None else mask.new_ones(mask.shape[0], past)
+            mask = torch.cat([before[:, -past:].to(mask.device), mask], dim=1)
+        if mask.shape[1] != past + n_new:
+            raise InputError(
+                f"attention_mask has {mask.shape[1]} positions; expected {n_new} for the new tokens"
+                + (f" or {past + n_new} with the {past} cached ones" if past else "")
+            )
+        if cache is not None:
+            self._masks[cache] = mask
+        return mask
+
+    def positions(
+        self, mask: Optional[Tensor], n_new: int, past: int, device: torch.device
+    ) -> Int[Tensor, "batch pos"]:
+        """Position ids ``[batch or 1, pos]``: padding does not count."""
+        if mask is None:
+            return torch.arange(past, past + n_new, device=device)[None]
+        return positions_of(mask)[:, -n_new:]
+
+    def prepare(
+        self,
+        *,
+        stream: Optional[Float[Tensor, "batch pos d_model"]],
+        tokens: Optional[Int[Tensor, "batch pos"]],
+        mask: Optional[Int[Tensor, "batch all_pos"]],
+        position_ids: Int[Tensor, "batch pos"],
+        cache: Any,
+        pos_embed: Optional[Tensor] = None,
+    ) -> Prepared:
+        """Everything the blocks need for this pass, from the stream entering block 0 (or, where
+        only Hugging Face can embed, from the tokens)."""
+        plain = mask is None and cache is None
+        key: Optional[tuple[Any, ...]] = None
+        if plain and self.preparer.reusable and stream is not None and pos_embed is None:
+            key = (tuple(stream.shape), stream.dtype, stream.device, torch.is_inference_mode_enabled())
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                self.latest = self._kept[key].contexts
+                return self._kept[key]
+        extra = {} if pos_embed is None else {"pos_embed": pos_embed}
+        prepared = self.preparer(
+            tokens=tokens if stream is None else None,
+            embeds=None if stream is None else stream.detach(),
+            attention_mask=mask,
+            position_ids=None if plain else position_ids,
+            cache=cache,
+            **extra,
+        )
+        if key is not None:
+            prepared = Prepared(prepared.contexts, None)
+            self._kept[key] = prepared
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        if cache is not None:
+            prepared = Prepared(remembering(prepared.contexts, cache), prepared.stream)
+        self.latest = [] if cache is not None else prepared.contexts
+        return prepared
+
+    def forget(self) -> None:
+        """Drop what was kept: the modules moved or changed."""
+        self._kept.clear()
+        self.latest = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"preparer": self.preparer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fresh = Driver(state["preparer"])
+        vars(self).update(vars(fresh))
+
+
+def remembering(contexts: Sequence[Context], cache: Any) -> list[Context]:
+    """Contexts whose layers append to, and read from, a transformers ``Cache``."""
+
+    def update(k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return cache.update(k, v, layer)
+
+    return [replace(ctx, remember=partial(update, layer=i)) for i, ctx in enumerate(contexts)]

@@ -1,0 +1,196 @@
+"""`GenerationMethods`: text from a hooked model, by transformers' own generation utilities."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hookedlm.errors import InputError
+from hookedlm.layers.block import MixerBlock
+
+if TYPE_CHECKING:
+    from hookedlm.model import HookedTransformer
+
+
+class Generator(PreTrainedModel, GenerationMixin):
+    """A hooked model in the shape transformers' ``generate`` expects; it holds no weights."""
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, model: HookedTransformer, config: PretrainedConfig):
+        super().__init__(config)
+        self.generation_config = GenerationConfig()
+        self.hooked = [model]  # in a list, so that it is no sub-module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.hooked[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        return self.hooked[0].dtype
+
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        past_key_values: Any = None,
+        use_cache: Optional[bool] = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One step: hooks run, told by ``hook.pos_offset`` where they are."""
+        assert input_ids is not None
+        logits = self.hooked[0](
+            input_ids, attention_mask=attention_mask, past_kv_cache=past_key_values
+        )
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+
+class GenerationMethods:
+    """`generate`."""
+
+    @torch.no_grad()
+    def generate(
+        self: HookedTransformer,
+        input: Any = "",
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: Any = None,
+        do_sample: bool = True,
+        top_k: Optional[int] = None,
+        top_p: Optional[float] = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: Optional[bool] = None,
+        padding_side: Optional[Literal["left", "right"]] = None,
+        return_type: Literal["input", "str", "tokens"] = "input",
+        verbose: bool = True,
+        *,
+        attention_mask: Optional[Tensor] = None,
+        repetition_penalty: Optional[float] = None,
+        streamer: Any = None,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """The prompt and ``max_new_tokens`` more, as text or tokens (``return_type``).
+
+        ``input``: text, texts or tokens; several are padded on the left. Hooks stay active: with
+        the cache they see only new positions, and ``hook.pos_offset`` tells where they are.
+        ``do_sample=False`` or ``temperature=0`` is greedy. Rows that met eos are padded. Everything
+        else transformers' ``generate`` takes may be passed too.
+        """
+        tokens, mask = self._prompt(input, prepend_bos, attention_mask)
+        if return_type not in ("input", "str", "tokens"):
+            raise InputError(f"return_type={return_type!r}: expected 'input', 'str' or 'tokens'")
+        was_text = isinstance(input, (str, list, tuple))
+        options = self._generation_options(stop_at_eos, eos_token_id, do_sample, temperature)
+        options |= {
+            name: value
+            for name, value in (
+                ("top_p", top_p if options["do_sample"] else None),
+                ("repetition_penalty", repetition_penalty),
+                ("streamer", streamer),
+            )
+            if value is not None
+        }
+        if options["do_sample"]:
+            options["top_k"] = top_k if top_k is not None else 0
+        if freq_penalty:
+            options["logits_processor"] = [FrequencyPenalty(freq_penalty)]
+        out = self._generator().generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            use_cache=use_past_kv_cache and self._can_cache(),
+            **(options | generation_kwargs),
+        )
+        self.run_state.pos_offset = 0
+        if return_type == "str" or (return_type == "input" and was_text):
+            texts = self._texts(out, mask)
+            return texts[0] if isinstance(input, str) else texts
+        return out
+
+    def _prompt(
+        self: HookedTransformer, input: Any, prepend_bos: Optional[bool], mask: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Tensor):
+            if input.is_floating_point():
+                raise InputError("generate starts from text or tokens, not from a stream")
+            tokens = (input if input.ndim == 2 else input[None]).to(self.device)
+            if mask is None:
+                mask = self.padding_mask(tokens, "left") if self._pads_left(None) else None
+            mask = torch.ones_like(tokens) if mask is None else mask.to(self.device)
+            if bool((mask[:, -1] == 0).any()):
+                raise InputError("prompts to continue must be padded on the left, not on the right")
+            return tokens, mask
+        tokens, mask = self.to_tokens_and_mask(input, prepend_bos, "left")
+        return tokens.to(self.device), mask.to(self.device)
+
+    def _generation_options(
+        self: HookedTransformer,
+        stop_at_eos: bool,
+        eos_token_id: Any,
+        do_sample: bool,
+        temperature: float,
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {"do_sample": do_sample and temperature > 0}
+        if options["do_sample"]:
+            options["temperature"] = float(temperature)
+        if stop_at_eos and eos_token_id is None:
+            eos_token_id = self._eos()
+        options["eos_token_id"] = eos_token_id if stop_at_eos else None
+        options["pad_token_id"] = self.pad_token_id if self.tokenizer is not None else (
+            eos_token_id if isinstance(eos_token_id, int) else 0
+        )
+        return options
+
+    def _eos(self: HookedTransformer) -> Any:
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            return self.tokenizer.eos_token_id
+        own = self._outside[0]
+        return None if own is None else own.config.get_text_config().eos_token_id
+
+    def _can_cache(self: HookedTransformer) -> bool:
+        """Whether every layer keeps its past in transformers' cache (recurrent mixers do not)."""
+        return not any(isinstance(block, MixerBlock) for block in self.blocks)
+
+    def _generator(self: HookedTransformer) -> Generator:
+        own = self._outside[0]
+        if own is None:
+            config = PretrainedConfig(
+                num_hidden_layers=self.cfg.n_layers, hidden_size=self.cfg.d_model, vocab_size=self.cfg.d_vocab
+            )
+        else:
+            config = copy.deepcopy(own.config)
+        return Generator(self, config)
+
+    def _texts(self: HookedTransformer, out: Tensor, mask: Tensor) -> list[str]:
+        texts = []
+        for row, real in zip(out, mask):
+            ids = row[int((real == 0).sum()) :].tolist()
+            bos = self.tokenizer.bos_token_id
+            texts.append(self.tokenizer.decode(ids[1:] if ids[:1] == [bos] else ids))
+        return texts
+
+
+class FrequencyPenalty:
+    """Logits less ``penalty`` for every time a token already occurred (TransformerLens' rule)."""
+
+    def __init__(self, penalty: float):
+        self.penalty = penalty
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        counts = torch.zeros_like(scores).scatter_add_(
+            1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype)
+        )
+        return scores - self.penalty * counts

@@ -1,0 +1,39 @@
+"""The front doors: `load` and `load_demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+
+from hookedlm.model import HookedTransformer
+
+
+def load(
+    model: Union[str, Path, nn.Module],
+    tokenizer: Any = None,
+    dtype: Union[None, str, torch.dtype] = None,
+    device: Union[None, str, torch.device] = None,
+    revision: Optional[str] = None,
+    strict: bool = False,
+    **kwargs: Any,
+) -> HookedTransformer:
+    """A hooked model with Hugging Face's exact numbers: nothing folded, every block checked.
+
+    ``model``: a hub name (or a short one such as "pythia-70m"), a local checkpoint folder, or a
+    module in memory, which stays usable and unchanged (weights are shared until either is edited).
+    ``dtype`` and ``device`` default to what the checkpoint or module has (names go to CUDA if there
+    is one). ``strict`` refuses models with parts that have no uniform form. Other keywords go to
+    transformers' ``from_pretrained``. Raises LoadError and ConversionError.
+    """
+    return HookedTransformer.load(model, tokenizer, dtype, device, revision, strict, **kwargs)
+
+
+def load_demo(device: Union[None, str, torch.device] = None) -> HookedTransformer:
+    """The small trained model that ships with the library: indirect objects, capitals, induction.
+
+    Needs no network. See docs/demo_model.md for what it can do.
+    """
+    return load("demo", device=device)

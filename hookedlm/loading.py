@@ -1,0 +1,159 @@
+"""Loading: a name, a folder or a module becomes a config, layers and a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hookedlm.aliases import ALIASES
+from hookedlm.config import HookedTransformerConfig
+from hookedlm.convert.convert import Conversion, convert
+from hookedlm.convert.describe import config_fields, dtype_of
+from hookedlm.errors import LoadError
+from hookedlm.names import nearest
+
+DEMO = Path(__file__).parent / "demo"
+"""The project's own trained model, an ordinary Hugging Face checkpoint folder."""
+
+
+@dataclass
+class Loaded:
+    """Everything a `HookedTransformer` is made from."""
+
+    cfg: HookedTransformerConfig
+    layers: Conversion
+    tokenizer: Any
+    device: Union[None, str, torch.device]
+    """Where it should go."""
+    dtype: Optional[torch.dtype]
+    """What it should be cast to."""
+
+
+def resolve(name: str) -> tuple[str, bool]:
+    """(hub name or folder, whether it is local): aliases looked up, "demo" the shipped model."""
+    if name == "demo":
+        return str(DEMO), True
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser()), True
+    if name.startswith((".", "/", "~")):
+        raise LoadError(f"no folder {name!r}: expected one with a config.json and weights")
+    return ALIASES.get(name, ALIASES.get(name.lower(), name)), False
+
+
+def default_device() -> torch.device:
+    """CUDA if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_dtype(dtype: Union[None, str, torch.dtype]) -> Union[None, torch.dtype]:
+    """A torch dtype from its name; None stays None. Raises LoadError on unknown names."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = vars(torch).get(dtype.removeprefix("torch."))
+    if not isinstance(found, torch.dtype):
+        raise LoadError(f"dtype={dtype!r}: expected e.g. 'float32', 'bfloat16', 'float16'")
+    return found
+
+
+def load_layers(
+    model: Union[str, Path, nn.Module],
+    tokenizer: Any = None,
+    dtype: Union[None, str, torch.dtype] = None,
+    device: Union[None, str, torch.device] = None,
+    revision: Optional[str] = None,
+    strict: bool = False,
+    hf_model: Optional[nn.Module] = None,
+    n_ctx: Optional[int] = None,
+    first_n_layers: Optional[int] = None,
+    **kwargs: Any,
+) -> Loaded:
+    """Find, read and convert. ``dtype=None`` keeps what the checkpoint or module has.
+
+    A module is neither moved nor changed unless ``device`` or ``dtype`` ask for it, and then a copy
+    is. Raises LoadError when a name leads nowhere, ConversionError when ``strict`` finds an opaque
+    part.
+    """
+    if isinstance(model, nn.Module):
+        hf_model, name = model, _name_of(model)
+    else:
+        name = str(model)
+    path = None
+    if hf_model is None:
+        path, local = resolve(name)
+        hf_model = _from_files(path, local, name, to_dtype(dtype), revision, first_n_layers, kwargs)
+        device = default_device() if device is None else device
+    elif first_n_layers is not None or kwargs:
+        extra = ", ".join(["first_n_layers"] * (first_n_layers is not None) + list(kwargs))
+        raise LoadError(f"{extra}: only used when a checkpoint is read, not with a module")
+    conversion = convert(hf_model, strict=strict)
+    if tokenizer is None:
+        tokenizer = _tokenizer(path or _name_of(hf_model), local=path is None or local, revision=revision)
+    fields = config_fields(conversion, name.rstrip("/").split("/")[-1])
+    fields |= {"dtype": dtype_of(hf_model), "device": str(next(hf_model.parameters()).device)}
+    if n_ctx is not None:
+        fields["n_ctx"] = min(n_ctx, fields["n_ctx"]) if conversion.pos_embed is not None else n_ctx
+    if tokenizer is not None:
+        fields["tokenizer_name"] = tokenizer.name_or_path or None
+    return Loaded(HookedTransformerConfig(**fields), conversion, tokenizer, device, to_dtype(dtype))
+
+
+def _name_of(model: nn.Module) -> str:
+    name = str(vars(model).get("name_or_path") or model.config._name_or_path or "")
+    return name or str(model.config.model_type)
+
+
+def _from_files(
+    path: str,
+    local: bool,
+    name: str,
+    dtype: Optional[torch.dtype],
+    revision: Optional[str],
+    first_n_layers: Optional[int],
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, **kwargs}
+    if local:
+        options["local_files_only"] = True
+    elif revision is not None:
+        options["revision"] = revision
+    try:
+        if first_n_layers is not None:
+            where = {k: v for k, v in options.items() if k != "dtype"}
+            config = AutoConfig.from_pretrained(path, **where)
+            options["config"] = _shortened(config, first_n_layers)
+        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    except (OSError, ValueError, KeyError) as error:
+        if local:
+            raise LoadError(f"can't read a causal language model from {path!r}: {error}") from error
+        close = nearest(name, [*ALIASES, "gpt2", "demo"])
+        raise LoadError(
+            f"no model {name!r}: it is neither a folder nor reachable on the hub (offline, or "
+            f"misspelt). Short names near it: {', '.join(close)}. Without a network, 'demo' and "
+            "local folders work."
+        ) from error
+
+
+def _shortened(config: Any, n: int) -> Any:
+    text = config.get_text_config()
+    if not 0 < n <= text.num_hidden_layers:
+        raise LoadError(f"first_n_layers={n}: this model has {text.num_hidden_layers} layers")
+    text.num_hidden_layers = n
+    return config
+
+
+def _tokenizer(path: str, local: bool, revision: Optional[str]) -> Any:
+    """The tokenizer kept beside a model, or None when there is none to be had."""
+    if local and not Path(path).is_dir():
+        return None
+    options: dict[str, Any] = {"local_files_only": True} if local else {}
+    if revision is not None and not local:
+        options["revision"] = revision
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,388 @@
+"""`HookedTransformer`: a stream pushed through a list of blocks, with a hook point everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Optional, Union
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hookedlm.axes import LOGITS, STREAM
+from hookedlm.caching import CachingMethods
+from hookedlm.config import HookedTransformerConfig
+from hookedlm.convert.report import Fidelity
+from hookedlm.driver import Driver, Preparer
+from hookedlm.errors import InputError
+from hookedlm.generation import GenerationMethods
+from hookedlm.hooks import HookPoint
+from hookedlm.layers.embed import Embed, PosEmbed, Unembed
+from hookedlm.loss import lm_cross_entropy_loss
+from hookedlm.missing import why_missing
+from hookedlm.placing import PlacingMethods
+from hookedlm.pretrained import PretrainedMethods
+from hookedlm.root import HookedRootModule
+from hookedlm.tokens import TokenMethods
+from hookedlm.toy import build_layers
+from hookedlm.weights import WeightMethods
+
+Tokens = Int[Tensor, "batch pos"]
+Stream = Float[Tensor, "batch pos d_model"]
+Logits = Float[Tensor, "batch pos d_vocab"]
+Loss = Float[Tensor, "..."]
+Input = Union[str, Sequence[str], Tokens, Int[Tensor, "pos"], Stream]
+ReturnType = Optional[Literal["logits", "loss", "both"]]
+RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+class Output(NamedTuple):
+    """What ``return_type="both"`` returns."""
+
+    logits: Logits
+    loss: Loss
+
+
+class HookedTransformer(
+    PretrainedMethods,
+    CachingMethods,
+    GenerationMethods,
+    TokenMethods,
+    WeightMethods,
+    PlacingMethods,
+    HookedRootModule,
+):
+    """A decoder-only language model as one uniform, instrumented transformer.
+
+    From a Hugging Face model: `hookedlm.load` (its numbers, nothing folded) or `from_pretrained`
+    (TransformerLens' defaults). From a `HookedTransformerConfig`: a model to train from scratch.
+    Hook points, names and shapes: ``model.hook_points_table()``, or docs/hooks.md.
+    """
+
+    def __init__(
+        self,
+        cfg: Union[HookedTransformerConfig, dict[str, Any]],
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        default_padding_side: Literal["left", "right"] = "right",
+        *,
+        layers: Any = None,
+    ):
+        super().__init__()
+        self.cfg = HookedTransformerConfig.unwrap(cfg)
+        self.default_padding_side = default_padding_side
+        self.tokenizer: Any = None
+        if tokenizer is not None:
+            self.set_tokenizer(tokenizer, default_padding_side)
+        if layers is None:
+            layers = build_layers(self.cfg)
+        self.history: list[Any] = []
+        self._build(layers)
+        if move_to_device and self.cfg.device is not None and self.conversion is None:
+            self.to(self.cfg.device, print_details=False)
+
+    def _build(self, layers: Any) -> None:
+        """Put finished layers in, in the order in which their hooks fire."""
+        preparer: Preparer = layers.preparer
+        self.driver = Driver(preparer)
+        self.conversion: Optional[Fidelity] = vars(layers).get("fidelity")
+        self._outside = [vars(layers).get("own"), preparer.module, vars(layers).get("tail")]
+        if self.cfg.use_hook_tokens:
+            self.hook_tokens = HookPoint("batch pos")
+        self.embed: Optional[Embed] = layers.embed
+        self.hook_embed = HookPoint(STREAM, shares=True)
+        self.pos_embed: Optional[PosEmbed] = layers.pos_embed
+        if layers.pos_embed is not None:
+            self.hook_pos_embed = HookPoint(STREAM, shares=True)
+        self.blocks = nn.ModuleList(layers.blocks)
+        self.ln_final: Optional[nn.Module] = layers.ln_final
+        self.unembed: Optional[Unembed] = layers.unembed
+        self.hook_logits = HookPoint(LOGITS)
+        self.setup()
+
+    # The forward pass -------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: Input,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: Optional[bool] = None,
+        padding_side: Optional[Literal["left", "right"]] = None,
+        start_at_layer: Optional[int] = None,
+        tokens: Optional[Tokens] = None,
+        shortformer_pos_embed: Optional[Stream] = None,
+        attention_mask: Optional[Int[Tensor, "batch pos"]] = None,
+        stop_at_layer: Optional[int] = None,
+        past_kv_cache: Any = None,
+    ) -> Any:
+        """Logits ``[batch, pos, d_vocab]``, loss, both, or a residual stream.
+
+        ``input``: text, texts, tokens, or (with ``start_at_layer``) the stream entering that
+        layer. ``stop_at_layer`` returns the stream entering that layer (negative: from the end).
+        ``attention_mask`` is 1 at real tokens; for texts it is known, for tokens it is inferred
+        only on the left, from the tokenizer's padding. ``past_kv_cache`` is a transformers
+        ``Cache``; the pass appends to it. With ``return_type=None`` only what somebody listens to
+        is computed. Raises InputError on arguments that make no sense for this model.
+        """
+        start, stop = self._check(return_type, start_at_layer, stop_at_layer)
+        tokens, mask, stream = self._read_input(
+            input, prepend_bos, padding_side, start_at_layer, tokens, attention_mask
+        )
+        past = 0 if past_kv_cache is None else int(past_kv_cache.get_seq_length())
+        self.run_state.pos_offset = past
+        stream, prepared = self._enter(
+            tokens, stream, mask, past, past_kv_cache, shortformer_pos_embed
+        )
+        if stop_at_layer is None and return_type is None and past_kv_cache is None:
+            stop = self._last_needed()
+        for block, context in zip(self.blocks[start:stop], prepared.contexts[start:stop]):
+            stream = block(stream, context)
+        if stop_at_layer is not None:
+            return stream
+        return self._leave(stream, tokens, mask, return_type, loss_per_token)
+
+    def _check(
+        self, return_type: ReturnType, start: Optional[int], stop: Optional[int]
+    ) -> tuple[int, int]:
+        if return_type not in RETURN_TYPES:
+            raise InputError(f"return_type={return_type!r}: expected one of {RETURN_TYPES}")
+        n = len(self.blocks)
+        first, last, _ = slice(start, stop).indices(n)
+        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and not -n <= layer <= n:
+                raise InputError(f"{name}={layer}: this model's {n} layers allow {-n} to {n}")
+        return first, max(first, last)
+
+    def _read_input(
+        self,
+        input: Input,
+        prepend_bos: Optional[bool],
+        padding_side: Optional[Literal["left", "right"]],
+        start_at_layer: Optional[int],
+        tokens: Optional[Tokens],
+        attention_mask: Optional[Tensor],
+    ) -> tuple[Optional[Tokens], Optional[Tensor], Optional[Stream]]:
+        """(tokens, mask of real positions or None if all are, stream if that is the input)."""
+        if isinstance(input, (str, list, tuple)):
+            if start_at_layer is not None:
+                raise InputError("start_at_layer wants the residual stream as input, not text")
+            tokens, known = self.to_tokens_and_mask(input, prepend_bos, padding_side)
+            mask = known if attention_mask is None else attention_mask
+            return tokens.to(self.device), self._unless_full(mask), None
+        if not isinstance(input, Tensor):
+            raise InputError(f"input is {type(input).__name__}: expected text, tokens or a stream")
+        if start_at_layer is not None or input.is_floating_point():
+            self._check_stream(input, start_at_layer)
+            return tokens, self._unless_full(attention_mask), input
+        if input.ndim not in (1, 2) or input.dtype not in (torch.long, torch.int, torch.int16):
+            raise InputError(
+                f"input of shape {tuple(input.shape)} and dtype {input.dtype}: tokens are integers "
+                "[batch, pos] or [pos]"
+            )
+        given = input if input.ndim == 2 else input[None]
+        given = given.to(self.device)
+        if attention_mask is None and self._pads_left(padding_side) and given.shape[0] > 1:
+            attention_mask = self.padding_mask(given, "left")
+        return given, self._unless_full(attention_mask), None
+
+    def _check_stream(self, stream: Tensor, start_at_layer: Optional[int]) -> None:
+        if start_at_layer is None:
+            raise InputError(
+                "the input is a float tensor. To run from a residual stream say at which layer it "
+                "enters: start_at_layer=0 for the sum of embeddings."
+            )
+        if stream.ndim != 3 or stream.shape[-1] != self.cfg.d_model:
+            raise InputError(
+                f"start_at_layer wants a stream [batch, pos, {self.cfg.d_model}], got "
+                f"{tuple(stream.shape)}"
+            )
+
+    def _pads_left(self, padding_side: Optional[str]) -> bool:
+        return self.tokenizer is not None and (padding_side or self.default_padding_side) == "left"
+
+    def _unless_full(self, mask: Optional[Tensor]) -> Optional[Tensor]:
+        if mask is None or bool((mask != 0).all()):
+            return None
+        return (mask != 0).long().to(self.device)
+
+    def _enter(
+        self,
+        tokens: Optional[Tokens],
+        stream: Optional[Stream],
+        mask: Optional[Tensor],
+        past: int,
+        cache: Any,
+        shortformer_pos_embed: Optional[Stream],
+    ) -> tuple[Stream, Any]:
+        """The stream entering the first block to run, and the contexts of all."""
+        given = stream if stream is not None else tokens
+        assert given is not None
+        n_new = given.shape[1]
+        mask = self.driver.full_mask(mask, n_new, past, cache)
+        positions = self.driver.positions(mask, n_new, past, given.device)
+        pos_embed = shortformer_pos_embed
+        if stream is None and self.embed is not None:
+            stream, pos_embed = self._embedded(given, positions, past)
+        prepared = self.driver.prepare(
+            stream=stream,
+            tokens=tokens,
+            mask=mask,
+            position_ids=positions,
+            cache=cache,
+            pos_embed=pos_embed,
+        )
+        if stream is None:  # only Hugging Face's own code knows how to embed
+            stream = self.hook_embed(prepared.stream)
+        return stream, prepared
+
+    def _embedded(
+        self, tokens: Tokens, positions: Int[Tensor, "batch pos"], past: int
+    ) -> tuple[Stream, Optional[Stream]]:
+        """(stream, position embedding if it stays apart from the stream)."""
+        if self.cfg.use_hook_tokens:
+            tokens = self.hook_tokens(tokens)
+        embedded = self.hook_embed(self.embed(tokens))
+        if self.pos_embed is None:
+            return embedded, None
+        if past + tokens.shape[1] > self.pos_embed.W_pos.shape[0]:
+            raise InputError(
+                f"{past + tokens.shape[1]} positions, but this model has position embeddings for "
+                f"{self.pos_embed.W_pos.shape[0]} (cfg.n_ctx)"
+            )
+        places = self.pos_embed(positions).expand(embedded.shape)
+        places = self.hook_pos_embed(places)
+        if self.cfg.positional_embedding_type == "shortformer":
+            return embedded, places
+        return embedded + places, None
+
+    def _last_needed(self) -> int:
+        """How many blocks must run when nobody asked for logits: up to the last one hooked."""
+        tail = [self.hook_logits, *self._final_points]
+        if any(point.wanted for point in tail):
+            return len(self.blocks)
+        wanted = [i for i, points in enumerate(self._block_points) if any(p.wanted for p in points)]
+        return max(wanted, default=-1) + 1
+
+    def _leave(
+        self,
+        stream: Stream,
+        tokens: Optional[Tokens],
+        mask: Optional[Tensor],
+        return_type: ReturnType,
+        loss_per_token: bool,
+    ) -> Any:
+        if return_type is None and not self.hook_logits.wanted:
+            if self.ln_final is not None and any(point.wanted for point in self._final_points):
+                self.ln_final(stream)
+            return None
+        logits = self.hook_logits(self._logits(stream, tokens, mask))
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return logits
+        if tokens is None:
+            raise InputError("the loss needs tokens: pass tokens= beside the residual stream")
+        real = None if mask is None else mask[:, -tokens.shape[1] :]
+        loss = self.loss_fn(logits, tokens, real, per_token=loss_per_token)
+        return loss if return_type == "loss" else Output(logits, loss)
+
+    def _logits(
+        self, stream: Stream, tokens: Optional[Tokens], mask: Optional[Tensor]
+    ) -> Logits:
+        if self.unembed is None:
+            positions = None if mask is None else self.driver.positions(
+                mask, stream.shape[1], 0, stream.device
+            )
+            return self._outside[2](stream, tokens, mask, positions)
+        return self.unembed(stream if self.ln_final is None else self.ln_final(stream))
+
+    def loss_fn(
+        self,
+        logits: Logits,
+        tokens: Tokens,
+        attention_mask: Optional[Int[Tensor, "batch pos"]] = None,
+        per_token: bool = False,
+    ) -> Loss:
+        """Next-token cross-entropy: mean over real predictions, or ``[batch, pos - 1]``.
+
+        Without a mask, padding is inferred from the tokenizer as `padding_mask` does.
+        """
+        if tokens.device != logits.device:
+            tokens = tokens.to(logits.device)
+        if attention_mask is None and self.tokenizer is not None and tokens.shape[0] > 1:
+            attention_mask = self.padding_mask(tokens)
+        return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token)
+
+    # Names ------------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Name every hook point; call again after adding or replacing modules."""
+        super().setup()
+        self._block_points = [self._points_under(f"blocks.{i}.") for i in range(len(self.blocks))]
+        self._final_points = self._points_under("ln_final.")
+
+    def _points_under(self, prefix: str) -> list[HookPoint]:
+        return [point for name, point in self.hook_dict.items() if name.startswith(prefix)]
+
+    def is_in_full_cache(self, point: HookPoint) -> bool:
+        """On-demand points are part of "everything" once the matching cfg flag is on."""
+        if not point.on_demand:
+            return True
+        last = (point.name or "").rsplit(".", 1)[-1]
+        flags = {
+            "hook_result": self.cfg.use_attn_result,
+            "hook_q_input": self.cfg.use_split_qkv_input,
+            "hook_k_input": self.cfg.use_split_qkv_input,
+            "hook_v_input": self.cfg.use_split_qkv_input,
+            "hook_attn_in": self.cfg.use_attn_in,
+            "hook_mlp_in": self.cfg.use_hook_mlp_in,
+        }
+        return flags.get(last, False)
+
+    def why_missing(self, name: str) -> str:
+        """Why a point of the classic naming is absent from this model."""
+        return why_missing(self, name)
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether ``attn.hook_result`` is part of a full cache; hooking it works either way."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether ``hook_{q,k,v}_input`` are part of a full cache; hooking them works either way."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Whether ``hook_attn_in`` is part of a full cache; hooking it works either way."""
+        if use_attn_in and not any(name.endswith("hook_attn_in") for name in self.hook_dict):
+            raise InputError(
+                "hook_attn_in needs as many key/value heads as query heads; this model's queries "
+                "are grouped. Use hook_q_input, hook_k_input and hook_v_input."
+            )
+        self.cfg.use_attn_in = use_attn_in
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether ``hook_mlp_in`` is part of a full cache; hooking it works either way."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    def fidelity(self) -> Fidelity:
+        """How every part compared with Hugging Face's when this model was loaded; print it.
+
+        Raises InputError for models built from a config, which have no original.
+        """
+        if self.conversion is None:
+            raise InputError("this model was built from a config: there is no original to compare")
+        return self.conversion
+
+    def hook_points_table(self) -> str:
+        """All hook points with their axes, one line per name (``L`` stands for a layer)."""
+        lines: dict[str, list[str]] = {}
+        for name, point in self.hook_dict.items():
+            parts = name.split(".")
+            key = ".".join(["blocks", "L", *parts[2:]]) if parts[0] == "blocks" else name
+            lines.setdefault(f"{key:<34}{point.extra_repr()}", []).append(parts[1])
+        n = len(self.blocks)
+        return "\n".join(
+            line + ("" if len(layers) in (1, n) else f"  (layers {', '.join(layers)})")
+            for line, layers in lines.items()
+        )

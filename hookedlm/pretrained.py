@@ -1,0 +1,180 @@
+"""`PretrainedMethods`: the two doors through which Hugging Face models come in."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+
+import torch
+from torch import nn
+
+from hookedlm import transforms
+from hookedlm.errors import ProcessingError
+from hookedlm.loading import load_layers
+
+if TYPE_CHECKING:
+    from hookedlm.model import HookedTransformer
+
+Side = Literal["left", "right"]
+
+
+class PretrainedMethods:
+    """`load`, `from_pretrained`, and the processing of weights as methods."""
+
+    @classmethod
+    def load(
+        cls: type[HookedTransformer],
+        model: Union[str, Path, nn.Module],
+        tokenizer: Any = None,
+        dtype: Union[None, str, torch.dtype] = None,
+        device: Union[None, str, torch.device] = None,
+        revision: Optional[str] = None,
+        strict: bool = False,
+        *,
+        default_prepend_bos: Optional[bool] = None,
+        default_padding_side: Side = "right",
+        **kwargs: Any,
+    ) -> HookedTransformer:
+        """Hugging Face's numbers: nothing folded, every block checked. See `hookedlm.load`."""
+        loaded = load_layers(model, tokenizer, dtype, device, revision, strict, **kwargs)
+        if default_prepend_bos is not None:
+            loaded.cfg.default_prepend_bos = default_prepend_bos
+        hooked = cls(
+            loaded.cfg,
+            loaded.tokenizer,
+            move_to_device=False,
+            default_padding_side=default_padding_side,
+            layers=loaded.layers,
+        )
+        if loaded.device is not None or loaded.dtype is not None:
+            hooked.to(device=loaded.device or hooked.device, dtype=loaded.dtype)
+        hooked.eval()
+        return hooked
+
+    @classmethod
+    def from_pretrained(
+        cls: type[HookedTransformer],
+        model_name: str,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+        checkpoint_index: Optional[int] = None,
+        checkpoint_value: Optional[int] = None,
+        hf_model: Optional[nn.Module] = None,
+        device: Union[None, str, torch.device] = None,
+        n_devices: int = 1,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        fold_value_biases: bool = True,
+        default_prepend_bos: Optional[bool] = None,
+        default_padding_side: Side = "right",
+        dtype: Union[str, torch.dtype] = "float32",
+        first_n_layers: Optional[int] = None,
+        n_ctx: Optional[int] = None,
+        **from_pretrained_kwargs: Any,
+    ) -> HookedTransformer:
+        """The classic door: TransformerLens' arguments and defaults, weights processed.
+
+        Processing keeps log-probabilities; what would not, for this family, is skipped with one
+        warning that says why (``model.history`` has the record). ``checkpoint_value`` picks the
+        revision ``step<value>`` of families that publish them (Pythia).
+        """
+        if checkpoint_index is not None or n_devices != 1:
+            raise NotImplementedError(
+                "checkpoint_index and n_devices are not supported: name a checkpoint by "
+                "checkpoint_value=... or revision=..., and place models with device=..."
+            )
+        if checkpoint_value is not None:
+            from_pretrained_kwargs["revision"] = f"step{checkpoint_value}"
+        hooked = cls.load(
+            model_name,
+            tokenizer,
+            dtype,
+            device if move_to_device else "cpu",
+            default_prepend_bos=default_prepend_bos,
+            default_padding_side=default_padding_side,
+            hf_model=hf_model,
+            first_n_layers=first_n_layers,
+            n_ctx=n_ctx,
+            **from_pretrained_kwargs,
+        )
+        hooked.process_weights_(
+            fold_ln,
+            center_writing_weights,
+            center_unembed,
+            refactor_factored_attn_matrices,
+            fold_value_biases=fold_value_biases,
+        )
+        return hooked
+
+    @classmethod
+    def from_pretrained_no_processing(
+        cls: type[HookedTransformer],
+        model_name: str,
+        fold_ln: bool = False,
+        center_writing_weights: bool = False,
+        center_unembed: bool = False,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = False,
+        dtype: Union[str, torch.dtype] = torch.float32,
+        default_prepend_bos: Optional[bool] = None,
+        default_padding_side: Side = "right",
+        **from_pretrained_kwargs: Any,
+    ) -> HookedTransformer:
+        """`from_pretrained` with all processing off: Hugging Face's numbers."""
+        return cls.from_pretrained(
+            model_name,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            fold_value_biases=fold_value_biases,
+            dtype=dtype,
+            default_prepend_bos=default_prepend_bos,
+            default_padding_side=default_padding_side,
+            **from_pretrained_kwargs,
+        )
+
+    # Processing -------------------------------------------------------------------------------------
+
+    def process_weights_(
+        self: HookedTransformer,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+        *,
+        fold_value_biases: bool = True,
+    ) -> None:
+        """TransformerLens' processing, in its order; what can't be done here is warned of once."""
+        wanted = (
+            (fold_ln, transforms.fold_ln),
+            (center_writing_weights, transforms.center_writing_weights),
+            (center_unembed, transforms.center_unembed),
+            (fold_value_biases, transforms.fold_value_biases),
+            (refactor_factored_attn_matrices, transforms.refactor_factored_attn_matrices),
+        )
+        skipped = []
+        for wants, transform in wanted:
+            if not wants:
+                continue
+            try:
+                record = transform(self)
+            except ProcessingError as error:
+                skipped.append(str(error))
+            else:
+                skipped += [f"{record.name}: {reason}" for reason in record.skipped[:1]]
+        if skipped:
+            warnings.warn(
+                "some processing does not apply to this model and was left out: "
+                + " | ".join(skipped)
+                + " Pass the matching argument as False to say so yourself.",
+                stacklevel=3,
+            )
+
+
+    def remove_layernorm(self: HookedTransformer) -> None:
+        """Take out the norms of a model trained to do without: see `transforms.remove_layernorm`."""
+        transforms.remove_layernorm(self)
