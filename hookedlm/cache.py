@@ -8,7 +8,7 @@ on every family. Source of the view: "A Mathematical Framework for Transformer C
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +53,7 @@ class ActivationCache:
 
     # A dictionary -----------------------------------------------------------------------------------
 
-    def __getitem__(self, key: Union[str, tuple[Any, ...]]) -> Tensor:
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
         name = self.name_of(key)
         if name in self.cache_dict:
             return self.cache_dict[name]
@@ -71,7 +71,7 @@ class ActivationCache:
             + why
         )
 
-    def name_of(self, key: Union[str, tuple[Any, ...]]) -> str:
+    def name_of(self, key: str | tuple[Any, ...]) -> str:
         """The full hook name a key stands for."""
         if isinstance(key, str):
             return key if key in self.cache_dict else get_act_name(key)
@@ -126,7 +126,7 @@ class ActivationCache:
         self.has_batch_dim = False
         return self
 
-    def to(self, device: Union[str, torch.device], move_model: bool = False) -> ActivationCache:
+    def to(self, device: str | torch.device, move_model: bool = False) -> ActivationCache:
         """Move every tensor, in place (and the model with ``move_model``)."""
         self.cache_dict = self.cache_dict.map(lambda x: x.to(device))
         if move_model:
@@ -139,7 +139,7 @@ class ActivationCache:
         """One recorded stream ``[batch?, pos?, d_model]``, positions selected."""
         return pos.apply(self[name], dim=-2)
 
-    def _resid(self, layer: Optional[int], mlp_input: bool, pos: Slice) -> tuple[Tensor, int]:
+    def _resid(self, layer: int | None, mlp_input: bool, pos: Slice) -> tuple[Tensor, int]:
         """(the stream entering ``layer``, its MLP or the final norm; the layer as a number)."""
         layer = self._layer(layer)
         if layer == self.model.cfg.n_layers:
@@ -147,7 +147,7 @@ class ActivationCache:
         point = "hook_resid_mid" if mlp_input else "hook_resid_pre"
         return self._stream(f"blocks.{layer}.{point}", pos), layer
 
-    def _layer(self, layer: Optional[int]) -> int:
+    def _layer(self, layer: int | None) -> int:
         n = self.model.cfg.n_layers
         if layer is None or layer == -1:
             return n
@@ -159,13 +159,13 @@ class ActivationCache:
 
     def accumulated_resid(
         self,
-        layer: Optional[int] = None,
+        layer: int | None = None,
         incl_mid: bool = False,
         apply_ln: bool = False,
         pos_slice: SliceInput = None,
         mlp_input: bool = False,
         return_labels: bool = False,
-    ) -> Union[Stack, tuple[Stack, Labels]]:
+    ) -> Stack | tuple[Stack, Labels]:
         """The stream at every depth up to ``layer`` (None: the end): the logit lens' input.
 
         Returns ``[component, batch, pos, d_model]``: ``0_pre`` (``0_mid``) ``1_pre`` ...,
@@ -191,14 +191,14 @@ class ActivationCache:
 
     def decompose_resid(
         self,
-        layer: Optional[int] = None,
+        layer: int | None = None,
         mlp_input: bool = False,
         mode: Literal["all", "mlp", "attn"] = "all",
         apply_ln: bool = False,
         pos_slice: SliceInput = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
-    ) -> Union[Stack, tuple[Stack, Labels]]:
+    ) -> Stack | tuple[Stack, Labels]:
         """What each part wrote into the stream that enters ``layer`` (None: the end).
 
         Returns ``[component, batch, pos, d_model]``: ``embed``, ``pos_embed``, ``0_attn_out``,
@@ -295,7 +295,7 @@ class ActivationCache:
         incl_remainder: bool = False,
         pos_slice: SliceInput = None,
         apply_ln: bool = False,
-    ) -> Union[Stack, tuple[Stack, Labels]]:
+    ) -> Stack | tuple[Stack, Labels]:
         """What every head of the layers below ``layer`` adds to the stream.
 
         Returns ``[component, batch, pos, d_model]``, labels ``L0H0``...; post-norms and residual
@@ -339,7 +339,7 @@ class ActivationCache:
         return pos.apply(self[f"{norm}.hook_scale"], dim=-2)
 
     def stack_activation(
-        self, activation_name: str, layer: int = -1, sublayer_type: Optional[str] = None
+        self, activation_name: str, layer: int = -1, sublayer_type: str | None = None
     ) -> Float[Tensor, "layer ..."]:
         """One activation of all layers below ``layer``, stacked along a new first axis."""
         end = self._layer(layer)
@@ -350,7 +350,7 @@ class ActivationCache:
     def apply_ln_to_stack(
         self,
         residual_stack: Stack,
-        layer: Optional[int] = None,
+        layer: int | None = None,
         mlp_input: bool = False,
         pos_slice: SliceInput = None,
         batch_slice: SliceInput = None,
@@ -383,8 +383,8 @@ class ActivationCache:
     def logit_attrs(
         self,
         residual_stack: Stack,
-        tokens: Union[str, int, Int[Tensor, "..."]],
-        incorrect_tokens: Union[None, str, int, Int[Tensor, "..."]] = None,
+        tokens: str | int | Int[Tensor, "..."],
+        incorrect_tokens: str | int | Int[Tensor, "..."] | None = None,
         pos_slice: SliceInput = None,
         batch_slice: SliceInput = None,
         has_batch_dim: bool = True,
@@ -414,7 +414,7 @@ class ActivationCache:
             direction = Slice(pos_slice).apply(direction, dim=-2)
         return (stack * direction.to(stack.device)).sum(-1)
 
-    def _directions(self, tokens: Union[str, int, Int[Tensor, "..."]]) -> Tensor:
+    def _directions(self, tokens: str | int | Int[Tensor, "..."]) -> Tensor:
         if isinstance(tokens, str):
             tokens = self.model.to_single_token(tokens)
         index = torch.as_tensor(tokens, device=self.model.device)

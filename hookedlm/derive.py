@@ -8,7 +8,7 @@ longhand are applied to the recorded tensors when somebody asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Optional, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -158,5 +158,5 @@ def _of_attention(name: str, attn: Attention) -> dict[str, Derivation]:
     return {f"{name}.hook_attn_scores": scores, f"{name}.hook_pattern": pattern}
 
 
-def _allowed(attn: Attention, q: Tensor, k: Tensor, ctx: Context) -> Optional[Tensor]:
+def _allowed(attn: Attention, q: Tensor, k: Tensor, ctx: Context) -> Tensor | None:
     return attn.allowed(q.shape[2], k.shape[2], ctx, q.device)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,18 +25,18 @@ KEPT = 4
 class Preparer(Protocol):
     """Makes contexts: Hugging Face's own code (`HFPreparer`), or ours for toy models."""
 
-    module: Optional[nn.Module]
+    module: nn.Module | None
     reusable: bool
 
     def __call__(
         self,
         *,
-        tokens: Optional[Tensor] = None,
-        embeds: Optional[Tensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        position_ids: Optional[Tensor] = None,
+        tokens: Tensor | None = None,
+        embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Any = None,
-        pos_embed: Optional[Tensor] = None,
+        pos_embed: Tensor | None = None,
     ) -> Prepared:
         """Contexts for one pass."""
         ...
@@ -56,8 +56,8 @@ class Driver:
         self.latest: list[Context] = []
 
     def full_mask(
-        self, mask: Optional[Tensor], n_new: int, past: int, cache: Any
-    ) -> Optional[Int[Tensor, "batch all_pos"]]:
+        self, mask: Tensor | None, n_new: int, past: int, cache: Any
+    ) -> Int[Tensor, "batch all_pos"] | None:
         """The mask over cached and new positions; raises InputError if lengths don't fit."""
         remembered = None if cache is None else self._masks.get(cache)
         if mask is None and (remembered is None or bool(remembered.all())):
@@ -79,7 +79,7 @@ class Driver:
         return mask
 
     def positions(
-        self, mask: Optional[Tensor], n_new: int, past: int, device: torch.device
+        self, mask: Tensor | None, n_new: int, past: int, device: torch.device
     ) -> Int[Tensor, "batch pos"]:
         """Position ids ``[batch or 1, pos]``: padding does not count."""
         if mask is None:
@@ -89,17 +89,17 @@ class Driver:
     def prepare(
         self,
         *,
-        stream: Optional[Float[Tensor, "batch pos d_model"]],
-        tokens: Optional[Int[Tensor, "batch pos"]],
-        mask: Optional[Int[Tensor, "batch all_pos"]],
+        stream: Float[Tensor, "batch pos d_model"] | None,
+        tokens: Int[Tensor, "batch pos"] | None,
+        mask: Int[Tensor, "batch all_pos"] | None,
         position_ids: Int[Tensor, "batch pos"],
         cache: Any,
-        pos_embed: Optional[Tensor] = None,
+        pos_embed: Tensor | None = None,
     ) -> Prepared:
         """Everything the blocks need for this pass, from the stream entering block 0 (or, where
         only Hugging Face can embed, from the tokens)."""
         plain = mask is None and cache is None
-        key: Optional[tuple[Any, ...]] = None
+        key: tuple[Any, ...] | None = None
         if plain and self.preparer.reusable and stream is not None and pos_embed is None:
             key = (tuple(stream.shape), stream.dtype, stream.device, torch.is_inference_mode_enabled())
             if key in self._kept:

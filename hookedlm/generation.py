@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class Generator(PreTrainedModel, GenerationMixin):
         self.generation_config = GenerationConfig()
         self.hooked = [model]  # in a list, so that it is no sub-module
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # whatever the config says is about experts that run elsewhere
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -40,11 +44,11 @@ class Generator(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Optional[Tensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        position_ids: Optional[Tensor] = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        use_cache: Optional[bool] = None,
+        use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -67,18 +71,18 @@ class GenerationMethods:
         stop_at_eos: bool = True,
         eos_token_id: Any = None,
         do_sample: bool = True,
-        top_k: Optional[int] = None,
-        top_p: Optional[float] = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         temperature: float = 1.0,
         freq_penalty: float = 0.0,
         use_past_kv_cache: bool = True,
-        prepend_bos: Optional[bool] = None,
-        padding_side: Optional[Literal["left", "right"]] = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
         return_type: Literal["input", "str", "tokens"] = "input",
         verbose: bool = True,
         *,
-        attention_mask: Optional[Tensor] = None,
-        repetition_penalty: Optional[float] = None,
+        attention_mask: Tensor | None = None,
+        repetition_penalty: float | None = None,
         streamer: Any = None,
         **generation_kwargs: Any,
     ) -> Any:
@@ -121,7 +125,7 @@ class GenerationMethods:
         return out
 
     def _prompt(
-        self: HookedTransformer, input: Any, prepend_bos: Optional[bool], mask: Optional[Tensor]
+        self: HookedTransformer, input: Any, prepend_bos: bool | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if isinstance(input, Tensor):
             if input.is_floating_point():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +12,11 @@ from hookedlm.model import HookedTransformer
 
 
 def load(
-    model: Union[str, Path, nn.Module],
+    model: str | Path | nn.Module,
     tokenizer: Any = None,
-    dtype: Union[None, str, torch.dtype] = None,
-    device: Union[None, str, torch.device] = None,
-    revision: Optional[str] = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
     strict: bool = False,
     **kwargs: Any,
 ) -> HookedTransformer:
@@ -31,7 +31,7 @@ def load(
     return HookedTransformer.load(model, tokenizer, dtype, device, revision, strict, **kwargs)
 
 
-def load_demo(device: Union[None, str, torch.device] = None) -> HookedTransformer:
+def load_demo(device: str | torch.device | None = None) -> HookedTransformer:
     """The small trained model that ships with the library: indirect objects, capitals, induction.
 
     Needs no network. See docs/demo_model.md for what it can do.

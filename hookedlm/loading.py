@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +28,9 @@ class Loaded:
     cfg: HookedTransformerConfig
     layers: Conversion
     tokenizer: Any
-    device: Union[None, str, torch.device]
+    device: str | torch.device | None
     """Where it should go."""
-    dtype: Optional[torch.dtype]
+    dtype: torch.dtype | None
     """What it should be cast to."""
 
 
@@ -50,7 +50,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def to_dtype(dtype: Union[None, str, torch.dtype]) -> Union[None, torch.dtype]:
+def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A torch dtype from its name; None stays None. Raises LoadError on unknown names."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
@@ -61,15 +61,15 @@ def to_dtype(dtype: Union[None, str, torch.dtype]) -> Union[None, torch.dtype]:
 
 
 def load_layers(
-    model: Union[str, Path, nn.Module],
+    model: str | Path | nn.Module,
     tokenizer: Any = None,
-    dtype: Union[None, str, torch.dtype] = None,
-    device: Union[None, str, torch.device] = None,
-    revision: Optional[str] = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
     strict: bool = False,
-    hf_model: Optional[nn.Module] = None,
-    n_ctx: Optional[int] = None,
-    first_n_layers: Optional[int] = None,
+    hf_model: nn.Module | None = None,
+    n_ctx: int | None = None,
+    first_n_layers: int | None = None,
     **kwargs: Any,
 ) -> Loaded:
     """Find, read and convert. ``dtype=None`` keeps what the checkpoint or module has.
@@ -111,9 +111,9 @@ def _from_files(
     path: str,
     local: bool,
     name: str,
-    dtype: Optional[torch.dtype],
-    revision: Optional[str],
-    first_n_layers: Optional[int],
+    dtype: torch.dtype | None,
+    revision: str | None,
+    first_n_layers: int | None,
     kwargs: dict[str, Any],
 ) -> nn.Module:
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, **kwargs}
@@ -146,7 +146,7 @@ def _shortened(config: Any, n: int) -> Any:
     return config
 
 
-def _tokenizer(path: str, local: bool, revision: Optional[str]) -> Any:
+def _tokenizer(path: str, local: bool, revision: str | None) -> Any:
     """The tokenizer kept beside a model, or None when there is none to be had."""
     if local and not Path(path).is_dir():
         return None

@@ -61,7 +61,7 @@ class HookedTransformer(
 
     def __init__(
         self,
-        cfg: Union[HookedTransformerConfig, dict[str, Any]],
+        cfg: HookedTransformerConfig | dict[str, Any],
         tokenizer: Any = None,
         move_to_device: bool = True,
         default_padding_side: Literal["left", "right"] = "right",
@@ -85,18 +85,18 @@ class HookedTransformer(
         """Put finished layers in, in the order in which their hooks fire."""
         preparer: Preparer = layers.preparer
         self.driver = Driver(preparer)
-        self.conversion: Optional[Fidelity] = vars(layers).get("fidelity")
+        self.conversion: Fidelity | None = vars(layers).get("fidelity")
         self._outside = [vars(layers).get("own"), preparer.module, vars(layers).get("tail")]
         if self.cfg.use_hook_tokens:
             self.hook_tokens = HookPoint("batch pos")
-        self.embed: Optional[Embed] = layers.embed
+        self.embed: Embed | None = layers.embed
         self.hook_embed = HookPoint(STREAM, shares=True)
-        self.pos_embed: Optional[PosEmbed] = layers.pos_embed
+        self.pos_embed: PosEmbed | None = layers.pos_embed
         if layers.pos_embed is not None:
             self.hook_pos_embed = HookPoint(STREAM, shares=True)
         self.blocks = nn.ModuleList(layers.blocks)
-        self.ln_final: Optional[nn.Module] = layers.ln_final
-        self.unembed: Optional[Unembed] = layers.unembed
+        self.ln_final: nn.Module | None = layers.ln_final
+        self.unembed: Unembed | None = layers.unembed
         self.hook_logits = HookPoint(LOGITS)
         self.setup()
 
@@ -107,13 +107,13 @@ class HookedTransformer(
         input: Input,
         return_type: ReturnType = "logits",
         loss_per_token: bool = False,
-        prepend_bos: Optional[bool] = None,
-        padding_side: Optional[Literal["left", "right"]] = None,
-        start_at_layer: Optional[int] = None,
-        tokens: Optional[Tokens] = None,
-        shortformer_pos_embed: Optional[Stream] = None,
-        attention_mask: Optional[Int[Tensor, "batch pos"]] = None,
-        stop_at_layer: Optional[int] = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        start_at_layer: int | None = None,
+        tokens: Tokens | None = None,
+        shortformer_pos_embed: Stream | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        stop_at_layer: int | None = None,
         past_kv_cache: Any = None,
     ) -> Any:
         """Logits ``[batch, pos, d_vocab]``, loss, both, or a residual stream.
@@ -143,7 +143,7 @@ class HookedTransformer(
         return self._leave(stream, tokens, mask, return_type, loss_per_token)
 
     def _check(
-        self, return_type: ReturnType, start: Optional[int], stop: Optional[int]
+        self, return_type: ReturnType, start: int | None, stop: int | None
     ) -> tuple[int, int]:
         if return_type not in RETURN_TYPES:
             raise InputError(f"return_type={return_type!r}: expected one of {RETURN_TYPES}")
@@ -157,12 +157,12 @@ class HookedTransformer(
     def _read_input(
         self,
         input: Input,
-        prepend_bos: Optional[bool],
-        padding_side: Optional[Literal["left", "right"]],
-        start_at_layer: Optional[int],
-        tokens: Optional[Tokens],
-        attention_mask: Optional[Tensor],
-    ) -> tuple[Optional[Tokens], Optional[Tensor], Optional[Stream]]:
+        prepend_bos: bool | None,
+        padding_side: Literal["left", "right"] | None,
+        start_at_layer: int | None,
+        tokens: Tokens | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[Tokens | None, Tensor | None, Stream | None]:
         """(tokens, mask of real positions or None if all are, stream if that is the input)."""
         if isinstance(input, (str, list, tuple)):
             if start_at_layer is not None:
@@ -186,7 +186,7 @@ class HookedTransformer(
             attention_mask = self.padding_mask(given, "left")
         return given, self._unless_full(attention_mask), None
 
-    def _check_stream(self, stream: Tensor, start_at_layer: Optional[int]) -> None:
+    def _check_stream(self, stream: Tensor, start_at_layer: int | None) -> None:
         if start_at_layer is None:
             raise InputError(
                 "the input is a float tensor. To run from a residual stream say at which layer it "
@@ -198,22 +198,22 @@ class HookedTransformer(
                 f"{tuple(stream.shape)}"
             )
 
-    def _pads_left(self, padding_side: Optional[str]) -> bool:
+    def _pads_left(self, padding_side: str | None) -> bool:
         return self.tokenizer is not None and (padding_side or self.default_padding_side) == "left"
 
-    def _unless_full(self, mask: Optional[Tensor]) -> Optional[Tensor]:
+    def _unless_full(self, mask: Tensor | None) -> Tensor | None:
         if mask is None or bool((mask != 0).all()):
             return None
         return (mask != 0).long().to(self.device)
 
     def _enter(
         self,
-        tokens: Optional[Tokens],
-        stream: Optional[Stream],
-        mask: Optional[Tensor],
+        tokens: Tokens | None,
+        stream: Stream | None,
+        mask: Tensor | None,
         past: int,
         cache: Any,
-        shortformer_pos_embed: Optional[Stream],
+        shortformer_pos_embed: Stream | None,
     ) -> tuple[Stream, Any]:
         """The stream entering the first block to run, and the contexts of all."""
         given = stream if stream is not None else tokens
@@ -238,7 +238,7 @@ class HookedTransformer(
 
     def _embedded(
         self, tokens: Tokens, positions: Int[Tensor, "batch pos"], past: int
-    ) -> tuple[Stream, Optional[Stream]]:
+    ) -> tuple[Stream, Stream | None]:
         """(stream, position embedding if it stays apart from the stream)."""
         if self.cfg.use_hook_tokens:
             tokens = self.hook_tokens(tokens)
@@ -267,8 +267,8 @@ class HookedTransformer(
     def _leave(
         self,
         stream: Stream,
-        tokens: Optional[Tokens],
-        mask: Optional[Tensor],
+        tokens: Tokens | None,
+        mask: Tensor | None,
         return_type: ReturnType,
         loss_per_token: bool,
     ) -> Any:
@@ -288,7 +288,7 @@ class HookedTransformer(
         return loss if return_type == "loss" else Output(logits, loss)
 
     def _logits(
-        self, stream: Stream, tokens: Optional[Tokens], mask: Optional[Tensor]
+        self, stream: Stream, tokens: Tokens | None, mask: Tensor | None
     ) -> Logits:
         if self.unembed is None:
             positions = None if mask is None else self.driver.positions(
@@ -301,7 +301,7 @@ class HookedTransformer(
         self,
         logits: Logits,
         tokens: Tokens,
-        attention_mask: Optional[Int[Tensor, "batch pos"]] = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
         per_token: bool = False,
     ) -> Loss:
         """Next-token cross-entropy: mean over real predictions, or ``[batch, pos - 1]``.

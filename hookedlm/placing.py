@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class PlacingMethods(nn.Module):
         self.cfg.dtype = self.dtype
         return self
 
-    def cuda(self: HookedTransformer, device: Optional[Union[int, torch.device]] = None) -> Any:
+    def cuda(self: HookedTransformer, device: int | torch.device | None = None) -> Any:
         """Move to a CUDA device."""
         return self.to("cuda" if device is None else torch.device("cuda", device))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -25,14 +25,14 @@ class PretrainedMethods:
     @classmethod
     def load(
         cls: type[HookedTransformer],
-        model: Union[str, Path, nn.Module],
+        model: str | Path | nn.Module,
         tokenizer: Any = None,
-        dtype: Union[None, str, torch.dtype] = None,
-        device: Union[None, str, torch.device] = None,
-        revision: Optional[str] = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
         strict: bool = False,
         *,
-        default_prepend_bos: Optional[bool] = None,
+        default_prepend_bos: bool | None = None,
         default_padding_side: Side = "right",
         **kwargs: Any,
     ) -> HookedTransformer:
@@ -60,19 +60,19 @@ class PretrainedMethods:
         center_writing_weights: bool = True,
         center_unembed: bool = True,
         refactor_factored_attn_matrices: bool = False,
-        checkpoint_index: Optional[int] = None,
-        checkpoint_value: Optional[int] = None,
-        hf_model: Optional[nn.Module] = None,
-        device: Union[None, str, torch.device] = None,
+        checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None,
+        hf_model: nn.Module | None = None,
+        device: str | torch.device | None = None,
         n_devices: int = 1,
         tokenizer: Any = None,
         move_to_device: bool = True,
         fold_value_biases: bool = True,
-        default_prepend_bos: Optional[bool] = None,
+        default_prepend_bos: bool | None = None,
         default_padding_side: Side = "right",
-        dtype: Union[str, torch.dtype] = "float32",
-        first_n_layers: Optional[int] = None,
-        n_ctx: Optional[int] = None,
+        dtype: str | torch.dtype = "float32",
+        first_n_layers: int | None = None,
+        n_ctx: int | None = None,
         **from_pretrained_kwargs: Any,
     ) -> HookedTransformer:
         """The classic door: TransformerLens' arguments and defaults, weights processed.
@@ -118,8 +118,8 @@ class PretrainedMethods:
         center_unembed: bool = False,
         refactor_factored_attn_matrices: bool = False,
         fold_value_biases: bool = False,
-        dtype: Union[str, torch.dtype] = torch.float32,
-        default_prepend_bos: Optional[bool] = None,
+        dtype: str | torch.dtype = torch.float32,
+        default_prepend_bos: bool | None = None,
         default_padding_side: Side = "right",
         **from_pretrained_kwargs: Any,
     ) -> HookedTransformer:

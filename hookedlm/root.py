@@ -26,7 +26,7 @@ from hookedlm.slices import Slice, SliceInput
 NamesFilter = Union[None, str, Iterable[str], Callable[[str], bool]]
 """None (everything) | a name or glob | several of them | a predicate on names."""
 
-HookSpec = tuple[Union[str, Callable[[str], bool]], HookFn]
+HookSpec = tuple[str | Callable[[str], bool], HookFn]
 """(where, function), as in ``fwd_hooks=[("blocks.0.attn.hook_z", fn)]``."""
 
 Anywhere = Literal["fwd", "bwd", "both"]

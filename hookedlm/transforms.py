@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Reader:
     module: nn.Module
     name: str
     axis: int
-    bias: Optional[str]
+    bias: str | None
 
 
 # Applying -------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def center_writing_weights(model: HookedTransformer) -> Record:
     if why := why_writing_matters(model):
         raise ProcessingError(f"center_writing_weights would be wrong here: {why}.")
     with recorded(model, "center_writing_weights") as record:
-        writers: list[tuple[Optional[nn.Module], str, int]] = [(model.pos_embed, "W_pos", 1)]
+        writers: list[tuple[nn.Module | None, str, int]] = [(model.pos_embed, "W_pos", 1)]
         embed = model.embed
         if embed is not None and isinstance(embed.ln, Same):
             name = "W_E" if embed.live("W_proj") is None else "W_proj"

@@ -409,7 +409,9 @@ leading space, and any other text is spelled out in pieces without loss. Encodin
 ## Training
 
 Data: sentences made by `scripts/demo_data.py` from word lists and templates (indirect objects,
-capitals, short one-person stories) and random sequences with their repeats; no outside text.
+capitals, short one-person stories) and random sequences with their repeats; no outside text. In a
+quarter of the indirect-object sentences other words stand where the names would, so that the model
+copies whatever is there.
 {steps} steps, {tokens:.1f} million tokens without padding, AdamW, peak learning rate {rate},
 weight decay {decay}, seed {seed}, {minutes:.0f} minutes on {threads} CPU threads. Answers weigh
 {answer_weight:g} times as much as other tokens. Made with Python {python}, torch {torch} and
@@ -492,6 +494,8 @@ def write_checkpoint(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # the weights come out readable by their writer alone
 
 
 # --------------------------------------------------------------------------------------------

@@ -45,11 +45,12 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "axes errors",
-        1: "names hooks slices root spec config factored_matrix",
+        1: "names hooks slices root spec config factored_matrix aliases",
         2: "layers families",
         3: "convert",
-        4: "model driver toy cache derive tokens loss weights generation",
-        5: "load transforms patching circuits lenses steering",
+        4: "model driver toy cache caching derive missing tokens loss weights placing generation "
+        "transforms loading pretrained",
+        5: "load patching circuits lenses steering",
         6: "plots cli transformer_lens __main__",
     }.items()
     for name in names.split()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Union
 
 from torch import nn
 
@@ -62,8 +62,8 @@ def build_read_block(reading: BlockReading) -> UniformBlock:
 
 
 def build_attention(
-    reading: Union[AttentionReading, OpaqueReading],
-) -> Union[Attention, OpaqueAttention]:
+    reading: AttentionReading | OpaqueReading,
+) -> Attention | OpaqueAttention:
     """Uniform attention with Hugging Face's rotation, or the wrapped module."""
     if isinstance(reading, OpaqueReading):
         return OpaqueAttention(*_opaque(reading))
@@ -78,8 +78,8 @@ def build_attention(
 
 
 def _qk_norm(
-    reading: Union[NormReading, nn.Module, None], kind: Optional[str], axes: str
-) -> Optional[nn.Module]:
+    reading: NormReading | nn.Module | None, kind: str | None, axes: str
+) -> nn.Module | None:
     if reading is None or isinstance(reading, nn.Module):
         return reading
     if kind == "full":
@@ -89,8 +89,8 @@ def _qk_norm(
 
 
 def build_mlp(
-    reading: Union[MLPReading, MoEReading, OpaqueReading],
-) -> Union[MLP, GatedMLP, MoE, OpaqueMLP]:
+    reading: MLPReading | MoEReading | OpaqueReading,
+) -> MLP | GatedMLP | MoE | OpaqueMLP:
     """A dense MLP, a mixture, or the wrapped module."""
     if isinstance(reading, OpaqueReading):
         return OpaqueMLP(*_opaque(reading))

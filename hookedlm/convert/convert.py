@@ -6,7 +6,7 @@ import inspect
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,13 @@ from hookedlm.convert.build import Block, build_read_block
 from hookedlm.convert.check import Truth, check_block, compare, run_truth, within
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
 from hookedlm.convert.prepare import BlockCall, Call, CallRecorder, HFPreparer
-from hookedlm.convert.read import AttentionReading, BlockReading, OpaqueReading, read_block, read_norm
+from hookedlm.convert.read import (
+    AttentionReading,
+    BlockReading,
+    OpaqueReading,
+    read_block,
+    read_norm,
+)
 from hookedlm.convert.report import Agreement, Fidelity, PartReport
 from hookedlm.convert.tail import OpaqueTail
 from hookedlm.errors import ConversionError
@@ -34,12 +40,12 @@ class Conversion:
     own: nn.Module
     """Our copy of Hugging Face's modules: embeddings, positions, masks and opaque parts live here."""
     row: Row
-    embed: Optional[Embed]
-    pos_embed: Optional[PosEmbed]
+    embed: Embed | None
+    pos_embed: PosEmbed | None
     blocks: list[Block]
-    ln_final: Optional[nn.Module]
-    unembed: Optional[Unembed]
-    tail: Optional[OpaqueTail]
+    ln_final: nn.Module | None
+    unembed: Unembed | None
+    tail: OpaqueTail | None
     preparer: HFPreparer
     fidelity: Fidelity
 
@@ -132,7 +138,7 @@ def _matched_row(model: nn.Module) -> Row:
 
 def _embedding(
     own: nn.Module, row: Row, config: ConfigReads, truth: Truth, fidelity: Fidelity
-) -> tuple[Optional[Embed], Optional[PosEmbed]]:
+) -> tuple[Embed | None, PosEmbed | None]:
     table = hf.at(own, row.embed)
     proj, ln = hf.find(own, row.embed_proj), hf.find(own, row.embed_norm)
     position = hf.find(own, row.pos_embed)
@@ -233,10 +239,10 @@ def _call_of(module: nn.Module, row: Row, reading: BlockReading) -> BlockCall:
 
 def _reading_out(
     own: nn.Module, row: Row, config: ConfigReads
-) -> tuple[Optional[nn.Module], Optional[Unembed]]:
+) -> tuple[nn.Module | None, Unembed | None]:
     """The final norm and the unembedding, or (None, None) when they are not plain."""
     head, norm = hf.find(own, row.unembed), hf.find(own, row.ln_final)
-    ln_final: Optional[nn.Module] = None
+    ln_final: nn.Module | None = None
     if norm is not None:
         try:
             reading = read_norm(norm, row, config, coverage := Coverage(norm))

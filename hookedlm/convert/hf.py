@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def at(root: Any, path: str) -> Any:
     return here
 
 
-def find(root: Any, place: Place) -> Optional[Any]:
+def find(root: Any, place: Place) -> Any | None:
     """The first object of a place that exists and is not None, else None."""
     for path in (place,) if isinstance(place, str) else place or ():
         try:
@@ -90,7 +90,7 @@ def flat_weight(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def bias_of(module: nn.Module) -> Optional[Tensor]:
+def bias_of(module: nn.Module) -> Tensor | None:
     """The bias of a linear module, or None."""
     return getattr(module, "bias", None)
 
@@ -174,16 +174,16 @@ class Coverage:
         self.names = {id(p): name for name, p in block.named_parameters()}
         self.seen: set[int] = set()
 
-    def take(self, *tensors: Optional[Tensor]) -> None:
+    def take(self, *tensors: Tensor | None) -> None:
         """These parameters are understood."""
         self.seen.update(id(tensor) for tensor in tensors if tensor is not None)
 
-    def take_module(self, module: Optional[nn.Module]) -> None:
+    def take_module(self, module: nn.Module | None) -> None:
         """All parameters of a module that is kept as it is."""
         if module is not None:
             self.take(*module.parameters())
 
-    def left(self, under: Optional[nn.Module] = None) -> list[str]:
+    def left(self, under: nn.Module | None = None) -> list[str]:
         """Names of the parameters nobody accounted for (below a module of the block)."""
         ids: Iterable[int] = self.names if under is None else map(id, under.parameters())
         return [self.names[i] for i in ids if i not in self.seen and i in self.names]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from hookedlm.convert import hf
 from hookedlm.families.row import Row
 from hookedlm.layers.context import Context
-
 
 
 @dataclass
@@ -39,7 +38,7 @@ class CallRecorder(nn.Module):
         self.__dict__.update(plain)  # loops ask their blocks things like `attention_type`
         self.calls = calls
         self.returns_tuple = returns_tuple
-        self.substitute: Optional[Tensor] = None
+        self.substitute: Tensor | None = None
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(Call(hidden, args, kwargs))
@@ -60,11 +59,11 @@ class BlockCall:
     opaque: bool
     """Whether a part of it needs Hugging Face's arguments."""
     mask_hides: bool = False
-    bias: Optional[str] = None
+    bias: str | None = None
     n_heads: int = 0
-    rotary: Optional[str] = None
-    attn: Optional[nn.Module] = None
-    mask_table: Optional[Tensor] = None
+    rotary: str | None = None
+    attn: nn.Module | None = None
+    mask_table: Tensor | None = None
 
     def bound(self, call: Call) -> dict[str, Any]:
         """All arguments by name."""
@@ -82,7 +81,7 @@ class BlockCall:
             kwargs=values if self.opaque else {},
         )
 
-    def _mask(self, mask: Optional[Tensor], n_query: int, past: int) -> Optional[Tensor]:
+    def _mask(self, mask: Tensor | None, n_query: int, past: int) -> Tensor | None:
         if mask is not None and mask.dtype == torch.bool and self.mask_hides:
             mask = ~mask
         if self.mask_table is None:
@@ -95,13 +94,13 @@ class BlockCall:
             return mask & table
         return mask.masked_fill(~table, torch.finfo(mask.dtype).min)
 
-    def _bias(self, values: dict[str, Any], n_key: int) -> Optional[Tensor]:
+    def _bias(self, values: dict[str, Any], n_key: int) -> Tensor | None:
         if self.bias is None or values.get(self.bias) is None:
             return None
         bias = values[self.bias]
         return bias.reshape(-1, self.n_heads, bias.shape[-2], bias.shape[-1])[..., -n_key:]
 
-    def _rotary(self, values: dict[str, Any], hidden: Tensor) -> Optional[tuple[Tensor, ...]]:
+    def _rotary(self, values: dict[str, Any], hidden: Tensor) -> tuple[Tensor, ...] | None:
         if self.rotary == "pairs":
             assert self.attn is not None
             return hf.pair_tables(self.attn, values["position_ids"], hidden.dtype)
@@ -114,7 +113,7 @@ class Prepared:
     """A pass made ready: the contexts, and the stream as Hugging Face's own embedding made it."""
 
     contexts: list[Context] = field(default_factory=list)
-    stream: Optional[Float[Tensor, "batch pos d_model"]] = None
+    stream: Float[Tensor, "batch pos d_model"] | None = None
 
 
 class HFPreparer:
@@ -134,10 +133,10 @@ class HFPreparer:
     def __call__(
         self,
         *,
-        tokens: Optional[Int[Tensor, "batch pos"]] = None,
-        embeds: Optional[Float[Tensor, "batch pos d_model"]] = None,
-        attention_mask: Optional[Int[Tensor, "batch all_pos"]] = None,
-        position_ids: Optional[Int[Tensor, "batch pos"]] = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        embeds: Float[Tensor, "batch pos d_model"] | None = None,
+        attention_mask: Int[Tensor, "batch all_pos"] | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
         cache: Any = None,
     ) -> Prepared:
         """Contexts for one pass over tokens, or over embeddings (or any stream) of that shape."""

@@ -4,7 +4,7 @@ for completely becomes opaque. Nothing here is approximate: every parameter is c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,8 +22,8 @@ class NormReading:
     """One norm: its facts and weights."""
 
     spec: NormSpec
-    w: Optional[Tensor]
-    b: Optional[Tensor]
+    w: Tensor | None
+    b: Tensor | None
 
 
 @dataclass
@@ -33,9 +33,9 @@ class AttentionReading:
     spec: AttentionSpec
     tensors: AttentionTensors
     module: nn.Module
-    rotary_style: Optional[str] = None
-    q_norm: Union[NormReading, nn.Module, None] = None
-    k_norm: Union[NormReading, nn.Module, None] = None
+    rotary_style: str | None = None
+    q_norm: NormReading | nn.Module | None = None
+    k_norm: NormReading | nn.Module | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -70,9 +70,9 @@ class BlockReading:
     """A block's spec and what its parts are made from."""
 
     spec: BlockSpec
-    attn: Union[AttentionReading, OpaqueReading, None] = None
-    mlp: Union[MLPReading, MoEReading, OpaqueReading, None] = None
-    mixer: Optional[OpaqueReading] = None
+    attn: AttentionReading | OpaqueReading | None = None
+    mlp: MLPReading | MoEReading | OpaqueReading | None = None
+    mixer: OpaqueReading | None = None
     norms: dict[str, NormReading] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -161,7 +161,7 @@ def read_attention(
     )
 
 
-Three = tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _split_qkv(block: nn.Module, row: Row, seen: Coverage) -> tuple[tuple[Tensor, ...], Three]:
@@ -177,7 +177,7 @@ def _split_qkv(block: nn.Module, row: Row, seen: Coverage) -> tuple[tuple[Tensor
 
 def _fused_qkv(
     module: nn.Module, order: str, n_heads: int, d_head: int, notes: list[str]
-) -> tuple[tuple[Tensor, ...], Three, Optional[tuple[Tensor, Optional[Tensor]]]]:
+) -> tuple[tuple[Tensor, ...], Three, tuple[Tensor, Tensor | None] | None]:
     """q, k and v cut out of one matrix, and that matrix while they are views of it."""
     W, b = hf.flat_weight(module), hf.bias_of(module)
     n_kv = (W.shape[0] // d_head - n_heads) // 2
@@ -210,7 +210,7 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _by_head(bias: Optional[Tensor], d_head: int) -> Optional[Tensor]:
+def _by_head(bias: Tensor | None, d_head: int) -> Tensor | None:
     return None if bias is None else bias.unflatten(0, (-1, d_head))
 
 
@@ -327,7 +327,7 @@ def read_block(block: nn.Module, row: Row, config: ConfigReads) -> BlockReading:
 
 def _attention_or_opaque(
     block: nn.Module, row: Row, config: ConfigReads, seen: Coverage
-) -> Union[AttentionReading, OpaqueReading]:
+) -> AttentionReading | OpaqueReading:
     module = hf.find(block, row.attn)
     try:
         reading = read_attention(block, row, config, seen)
@@ -341,7 +341,7 @@ def _attention_or_opaque(
 
 def _mlp_or_opaque(
     block: nn.Module, row: Row, config: ConfigReads, seen: Coverage
-) -> Union[MLPReading, MoEReading, OpaqueReading]:
+) -> MLPReading | MoEReading | OpaqueReading:
     is_moe = hf.find(block, row.router) is not None
     module = hf.find(block, row.mlp)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 from hookedlm.errors import ConversionError
 
@@ -28,9 +27,9 @@ class PartReport:
 
     where: str
     form: str
-    quiet: Optional[Agreement] = None
+    quiet: Agreement | None = None
     """Nobody listening: fused code."""
-    listening: Optional[Agreement] = None
+    listening: Agreement | None = None
     """Everybody listening: longhand code."""
     reason: str = ""
     """Why it is opaque, or what is worth knowing."""
@@ -127,7 +126,7 @@ def _merged(parts: list[PartReport]) -> list[PartReport]:
     return [part for part, _ in merged]
 
 
-def _worse(a: Optional[Agreement], b: Optional[Agreement]) -> Optional[Agreement]:
+def _worse(a: Agreement | None, b: Agreement | None) -> Agreement | None:
     if a is None or b is None:
         return a or b
     return Agreement(max(a.error, b.error), a.exact and b.exact)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,9 +21,9 @@ class OpaqueTail:
     def __call__(
         self,
         stream: Tensor,
-        tokens: Optional[Tensor],
-        attention_mask: Optional[Tensor] = None,
-        position_ids: Optional[Tensor] = None,
+        tokens: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits ``[batch, pos, d_vocab]`` of the stream leaving the last block."""
         given: dict[str, Any] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +30,12 @@ class AttentionTensors:
     W_K: Float[Tensor, "kv_head d_model d_head"]
     W_V: Float[Tensor, "kv_head d_model d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
-    b_Q: Optional[Float[Tensor, "head d_head"]] = None
-    b_K: Optional[Float[Tensor, "kv_head d_head"]] = None
-    b_V: Optional[Float[Tensor, "kv_head d_head"]] = None
-    b_O: Optional[Float[Tensor, "d_model"]] = None
-    sinks: Optional[Float[Tensor, "head"]] = None
-    fused: Optional[FusedQKV] = None
+    b_Q: Float[Tensor, "head d_head"] | None = None
+    b_K: Float[Tensor, "kv_head d_head"] | None = None
+    b_V: Float[Tensor, "kv_head d_head"] | None = None
+    b_O: Float[Tensor, "d_model"] | None = None
+    sinks: Float[Tensor, "head"] | None = None
+    fused: FusedQKV | None = None
 
 
 class Attention(Weights):
@@ -50,9 +49,9 @@ class Attention(Weights):
         self,
         spec: AttentionSpec,
         tensors: AttentionTensors,
-        rotate: Optional[Rotate] = None,
-        q_norm: Optional[nn.Module] = None,
-        k_norm: Optional[nn.Module] = None,
+        rotate: Rotate | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
     ):
         super().__init__()
         self.spec = spec
@@ -121,7 +120,7 @@ class Attention(Weights):
             )
         return self._normed(q, k, v)
 
-    def _fused_projection(self, x: Tensor) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+    def _fused_projection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.fused is None:
             return None
         p = self._parameters
@@ -169,7 +168,7 @@ class Attention(Weights):
 
     def allowed(
         self, n_query: int, n_key: int, ctx: Context, device: torch.device
-    ) -> Optional[Tensor]:
+    ) -> Tensor | None:
         """Which keys each query may attend to; None where all are."""
         allowed = ctx.allowed(n_query, n_key)
         if allowed is None and self.spec.causal and n_query > 1:
@@ -177,7 +176,7 @@ class Attention(Weights):
         return allowed
 
     def scores(
-        self, q: Tensor, k: Tensor, scale: float, allowed: Optional[Tensor], ctx: Context
+        self, q: Tensor, k: Tensor, scale: float, allowed: Tensor | None, ctx: Context
     ) -> Float[Tensor, "batch head pos key_pos"]:
         """Masked scores of queries and keys ``[batch, head, pos, d_head]``."""
         bias = ctx.bias

@@ -6,8 +6,6 @@ Shapes follow the kernels: ``[batch, head, pos, d_head]``. Keys and values may h
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -36,8 +34,8 @@ def fused(
     q: Queries,
     k: Keys,
     v: Values,
-    mask: Optional[Tensor],
-    bias: Optional[Tensor],
+    mask: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     causal: bool,
 ) -> Float[Tensor, "batch pos head d_value"]:
@@ -72,8 +70,8 @@ def attention_scores(
     q: Queries,
     k: Keys,
     scale: float,
-    bias: Optional[Tensor] = None,
-    softcap: Optional[float] = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Scores:
     """q·k times scale, capped, plus bias; nothing is masked yet."""
     scores = torch.matmul(q, repeat_heads(k, q.shape[1]).transpose(-1, -2)) * scale
@@ -82,15 +80,15 @@ def attention_scores(
     return scores if bias is None else scores + bias
 
 
-def masked(scores: Scores, allowed: Optional[Allowed]) -> Scores:
+def masked(scores: Scores, allowed: Allowed | None) -> Scores:
     """Scores with -inf where attention is forbidden."""
     return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
 
 
 def attention_pattern(
     scores: Scores,
-    allowed: Optional[Allowed] = None,
-    sinks: Optional[Float[Tensor, "head"]] = None,
+    allowed: Allowed | None = None,
+    sinks: Float[Tensor, "head"] | None = None,
 ) -> Scores:
     """Softmax over keys, in float32. A sink is one more key without a value: it takes its share and
     is dropped. Queries that may attend to nothing (padding) get a row of zeros."""

@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Union
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -40,13 +39,13 @@ SAME = Same()
 class Parts:
     """The finished parts of a block; None where the family has none."""
 
-    attn: Union[Attention, OpaqueAttention, None] = None
-    mlp: Union[MLP, GatedMLP, MoE, OpaqueMLP, None] = None
-    ln1: Optional[Norm] = None
-    ln2: Optional[Norm] = None
-    ln1_post: Optional[Norm] = None
-    ln2_post: Optional[Norm] = None
-    mixer: Optional[OpaqueMixer] = None
+    attn: Attention | OpaqueAttention | None = None
+    mlp: MLP | GatedMLP | MoE | OpaqueMLP | None = None
+    ln1: Norm | None = None
+    ln2: Norm | None = None
+    ln1_post: Norm | None = None
+    ln2_post: Norm | None = None
+    mixer: OpaqueMixer | None = None
 
 
 class AttentionBranch(nn.Module):
@@ -232,5 +231,5 @@ def _stream_first(pre: Tensor, attn_out: Tensor, mlp_out: Tensor) -> Tensor:
     return (pre + attn_out) + mlp_out
 
 
-def _pointer(x: Optional[Tensor]) -> int:
+def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()

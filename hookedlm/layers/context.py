@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,13 +24,13 @@ class Context:
     block with, by name, for opaque parts.
     """
 
-    mask: Optional[Tensor] = None
-    bias: Optional[Float[Tensor, "batch head pos key_pos"]] = None
-    rotary: Optional[tuple[Tensor, ...]] = None
-    remember: Optional[Remember] = None
+    mask: Tensor | None = None
+    bias: Float[Tensor, "batch head pos key_pos"] | None = None
+    rotary: tuple[Tensor, ...] | None = None
+    remember: Remember | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def allowed(self, n_query: int, n_key: int) -> Optional[Bool[Tensor, "batch head pos key_pos"]]:
+    def allowed(self, n_query: int, n_key: int) -> Bool[Tensor, "batch head pos key_pos"] | None:
         """Which keys each query may attend to, as booleans; None means all of them."""
         if self.mask is None:
             return None

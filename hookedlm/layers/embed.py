@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -22,9 +20,9 @@ class Embed(Weights):
     def __init__(
         self,
         W_E: Float[Tensor, "d_vocab d_embed"],
-        scale: Union[None, float, Tensor] = None,
-        W_proj: Optional[Float[Tensor, "d_embed d_model"]] = None,
-        ln: Optional[Norm] = None,
+        scale: float | Tensor | None = None,
+        W_proj: Float[Tensor, "d_embed d_model"] | None = None,
+        ln: Norm | None = None,
     ):
         super().__init__()
         self.put("W_E", W_E, None, "")
@@ -62,11 +60,11 @@ class Unembed(Weights):
     def __init__(
         self,
         W_U: Float[Tensor, "d_embed d_vocab"],
-        b_U: Optional[Float[Tensor, "d_vocab"]] = None,
-        W_proj: Optional[Float[Tensor, "d_model d_embed"]] = None,
+        b_U: Float[Tensor, "d_vocab"] | None = None,
+        W_proj: Float[Tensor, "d_model d_embed"] | None = None,
         scale: float = 1.0,
         divisor: float = 1.0,
-        softcap: Optional[float] = None,
+        softcap: float | None = None,
     ):
         super().__init__()
         self.put("W_proj", W_proj, None, "")

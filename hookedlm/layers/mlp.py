@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -25,17 +24,17 @@ class MLPTensors:
 
     W_in: Float[Tensor, "d_model d_mlp"]
     W_out: Float[Tensor, "d_mlp d_model"]
-    b_in: Optional[Float[Tensor, "d_mlp"]] = None
-    b_out: Optional[Float[Tensor, "d_model"]] = None
-    W_gate: Optional[Float[Tensor, "d_model d_mlp"]] = None
-    b_gate: Optional[Float[Tensor, "d_mlp"]] = None
+    b_in: Float[Tensor, "d_mlp"] | None = None
+    b_out: Float[Tensor, "d_model"] | None = None
+    W_gate: Float[Tensor, "d_model d_mlp"] | None = None
+    b_gate: Float[Tensor, "d_mlp"] | None = None
 
 
 class MLP(Weights):
     """``act(x W_in + b_in) W_out + b_out``; ``ln`` stands behind the activation in SoLU models."""
 
     def __init__(
-        self, spec: MLPSpec, tensors: MLPTensors, act: Activation, ln: Optional[Norm] = None
+        self, spec: MLPSpec, tensors: MLPTensors, act: Activation, ln: Norm | None = None
     ):
         super().__init__()
         self.spec = spec

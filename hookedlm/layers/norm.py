@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +51,8 @@ class Norm(Weights):
     def __init__(
         self,
         spec: NormSpec,
-        w: Optional[Tensor],
-        b: Optional[Tensor] = None,
+        w: Tensor | None,
+        b: Tensor | None = None,
         scale_axes: str = SCALE,
         axes: str = STREAM,
         on_demand: bool = False,

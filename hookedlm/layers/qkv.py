@@ -8,7 +8,6 @@ stores q, k and v in one matrix and nobody needs their gradients apart, it stays
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor
 def into_heads(
     x: Float[Tensor, "batch pos d_model"],
     W: Float[Tensor, "head d_model d_head"],
-    b: Optional[Float[Tensor, "head d_head"]],
+    b: Float[Tensor, "head d_head"] | None,
 ) -> Float[Tensor, "batch pos head d_head"]:
     """``x @ W`` for every head, as one multiplication with the flat matrix."""
     flat = W.transpose(1, 2).flatten(0, 1)
@@ -30,7 +29,7 @@ def into_heads(
 def per_head_into_heads(
     x: Float[Tensor, "batch pos head d_model"],
     W: Float[Tensor, "head d_model d_head"],
-    b: Optional[Float[Tensor, "head d_head"]],
+    b: Float[Tensor, "head d_head"] | None,
 ) -> Float[Tensor, "batch pos head d_head"]:
     """The same when every head reads a stream of its own."""
     y = torch.einsum("bphd,hde->bphe", x, W)
@@ -40,7 +39,7 @@ def per_head_into_heads(
 def from_heads(
     z: Float[Tensor, "batch pos head d_head"],
     W: Float[Tensor, "head d_head d_model"],
-    b: Optional[Float[Tensor, "d_model"]],
+    b: Float[Tensor, "d_model"] | None,
 ) -> Float[Tensor, "batch pos d_model"]:
     """Sum over heads of ``z @ W`` plus ``b``, as one multiplication."""
     return F.linear(z.flatten(2), W.flatten(0, 1).t(), b)
@@ -71,9 +70,9 @@ class FusedQKV:
         self,
         order: str,
         weight: Float[Tensor, "all_heads_d_head d_model"],
-        bias: Optional[Float[Tensor, "all_heads_d_head"]],
+        bias: Float[Tensor, "all_heads_d_head"] | None,
         parts: tuple[Tensor, Tensor, Tensor],
-        part_biases: tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]],
+        part_biases: tuple[Tensor | None, Tensor | None, Tensor | None],
     ):
         self.order = order
         self.weight = Strided.of(weight)
@@ -81,11 +80,11 @@ class FusedQKV:
         self.places = tuple(Strided.of(part) for part in parts)
         self.bias_places = tuple(None if b is None else Strided.of(b) for b in part_biases)
         self._pointers: tuple[int, ...] = ()
-        self._current: Optional[tuple[Tensor, Optional[Tensor]]] = None
+        self._current: tuple[Tensor, Tensor | None] | None = None
 
     def matrix(
-        self, parts: tuple[Tensor, ...], biases: tuple[Optional[Tensor], ...]
-    ) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+        self, parts: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) if the parts are still views of one matrix, else None."""
         pointers = tuple(part.data_ptr() for part in parts) + tuple(
             0 if b is None else b.data_ptr() for b in biases
@@ -96,8 +95,8 @@ class FusedQKV:
         return self._current
 
     def _looked_up(
-        self, parts: tuple[Tensor, ...], biases: tuple[Optional[Tensor], ...]
-    ) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+        self, parts: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor | None] | None:
         storages = {part.untyped_storage().data_ptr() for part in parts}
         if len(storages) > 1 or tuple(map(Strided.of, parts)) != self.places:
             return None
