@@ -8,6 +8,7 @@ longhand are applied to the recorded tensors when somebody asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,8 +94,12 @@ def derivations(model: HookedTransformer) -> dict[str, Derivation]:
             table.update(_of_block(f"blocks.{layer}", block))
     if isinstance(model.ln_final, Norm):
         last = f"blocks.{len(model.blocks) - 1}.hook_resid_post"
-        table.update(_of_norm("ln_final", model.ln_final, lambda t, last=last: t[last]))
+        table.update(_of_norm("ln_final", model.ln_final, partial(_entry, last)))
     return table
+
+
+def _entry(name: str, tensors: Tensors) -> Tensor:
+    return tensors[name]
 
 
 def points_of(part: nn.Module) -> list[HookPoint]:

@@ -102,7 +102,7 @@ def load_layers(
     return Loaded(HookedTransformerConfig(**fields), conversion, tokenizer, device, to_dtype(dtype))
 
 
-def _name_of(model: nn.Module) -> str:
+def _name_of(model: Any) -> str:
     name = str(vars(model).get("name_or_path") or model.config._name_or_path or "")
     return name or str(model.config.model_type)
 

@@ -380,7 +380,8 @@ class HookedTransformer(
         for name, point in self.hook_dict.items():
             parts = name.split(".")
             key = ".".join(["blocks", "L", *parts[2:]]) if parts[0] == "blocks" else name
-            lines.setdefault(f"{key:<34}{point.extra_repr()}", []).append(parts[1])
+            layers = lines.setdefault(f"{key:<34}{point.extra_repr()}", [])
+            layers.append(parts[1] if parts[0] == "blocks" else "")
         n = len(self.blocks)
         return "\n".join(
             line + ("" if len(layers) in (1, n) else f"  (layers {', '.join(layers)})")

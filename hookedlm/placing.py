@@ -77,7 +77,7 @@ class PlacingMethods(nn.Module):
 
     def cuda(self: HookedTransformer, device: int | torch.device | None = None) -> Any:
         """Move to a CUDA device."""
-        return self.to("cuda" if device is None else torch.device("cuda", device))
+        return self.to("cuda" if device is None else device)
 
     def cpu(self: HookedTransformer) -> Any:
         """Move to the CPU."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SliceInput = Union[
-    None, int, slice, tuple[int, ...], tuple[int | None, ...], Sequence[int], np.ndarray, Tensor
-]
-"""int | (stop,) | (start, stop[, step]) | slice | list/array/tensor of indices | None (everything)."""
+SliceInput = (
+    int | slice | tuple[int, ...] | tuple[int | None, ...] | Sequence[int] | np.ndarray | Tensor | None
+)
+"""int | (stop,) | (start, stop[, step]) | slice | indices (list, array, tensor) | None: all."""
 
 
 class Slice:
@@ -21,6 +21,9 @@ class Slice:
     An int selects one index and drops the axis; a tuple reads like the arguments of ``slice``; a
     list, array or tensor selects these indices; None selects everything. Raises TypeError else.
     """
+
+    slice: Any
+    mode: str
 
     def __init__(self, input_slice: SliceInput | Slice = None):
         if isinstance(input_slice, Slice):

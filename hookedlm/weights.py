@@ -22,7 +22,7 @@ class WeightMethods:
     def _stacked(self: HookedTransformer, part: str, name: str) -> Tensor:
         found = []
         for layer, block in enumerate(self.blocks):
-            module = block._modules.get(part)
+            module: Any = block._modules.get(part)
             weight = None if module is None else _weight_of(module, name)
             if weight is None:
                 raise WeightError(

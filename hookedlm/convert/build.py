@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Union
 
+from typing import Any
+
 from torch import nn
 
 from hookedlm.axes import KEY, QUERY
@@ -34,7 +36,7 @@ from hookedlm.spec import BlockSpec, OpaqueSpec
 UniformBlock = Union[SequentialBlock, AttentionOnlyBlock, ParallelBlock, PostNormBlock, MixerBlock]
 Block = Union[UniformBlock, OpaqueBlock]
 
-LAYOUTS: dict[str, type[nn.Module]] = {
+LAYOUTS: dict[str, Any] = {
     "sequential": SequentialBlock,
     "parallel": ParallelBlock,
     "post_norm": PostNormBlock,

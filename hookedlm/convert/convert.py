@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hookedlm.convert import hf
 from hookedlm.convert.build import Block, build_read_block
@@ -37,7 +38,7 @@ from hookedlm.spec import OpaqueSpec
 class Conversion:
     """The layers of a converted model, and everything needed to run them."""
 
-    own: nn.Module
+    own: Any
     """Our copy of Hugging Face's modules: embeddings, positions, masks and opaque parts live here."""
     row: Row
     embed: Embed | None
@@ -346,8 +347,36 @@ INERT = {
 }
 """Config keys that say sizes (read from the tensors), names, or what matters only in training."""
 
+FROM_MODULES = {
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types",
+    "sliding_window", "use_sliding_window", "max_window_layers", "attention_layers",
+    "attention_types", "window_size", "hidden_act", "hidden_activation", "activation_function",
+    "activation", "attention_bias", "mlp_bias", "bias", "use_bias", "enable_bias", "use_qkv_bias",
+    "query_pre_attn_scalar", "attention_multiplier", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "qk_layernorm", "use_qk_norm", "num_experts",
+    "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "mlp_only_layers", "decoder_sparse_step", "residual_multiplier", "rotary_dim", "attn_config",
+    "num_ln_in_parallel_attn", "layer_norm_elementwise_affine", "swiglu_limit", "swiglu_alpha",
+    "ffn_hidden_size", "multi_query", "sliding_window_pattern",
+    "_remove_final_layer_norm", "original_max_position_embeddings",
+}
+"""Config keys whose effect is read off the modules that were built with them."""
+
 
 def _unread(config: ConfigReads) -> tuple[str, ...]:
     """Keys away from their class's default that no row read and that are not inert."""
-    changed = config.config.to_diff_dict()
-    return tuple(sorted(key for key in changed if key not in config.read | INERT))
+    default = _defaults(config.config)
+    known = config.read | INERT | FROM_MODULES
+    changed = {key for key, value in config.config.to_dict().items() if default.get(key) != value}
+    return tuple(sorted(key for key in changed - known if not key.startswith("_")))
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """What the config's class says when nothing is given, without its advice about such a model."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return type(config)().to_dict()
+    finally:
+        logging.set_verbosity(verbosity)

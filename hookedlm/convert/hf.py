@@ -65,6 +65,7 @@ def resolved(fact: Fact, root: Any, config: ConfigReads) -> Any:
         return fact
     if fact.startswith("config."):
         return config(fact.removeprefix("config."))
+    config.read.add(fact.rsplit(".", 1)[-1])  # the module was built with this key
     return at(root, fact.removeprefix("."))
 
 
@@ -82,7 +83,7 @@ def is_plain_linear(module: Any) -> bool:
     )
 
 
-def flat_weight(module: nn.Module) -> Tensor:
+def flat_weight(module: Any) -> Tensor:
     """The matrix of a linear module as ``[out, in]``, a view (Conv1D stores it transposed)."""
     if not is_plain_linear(module):
         raise MissingPartError(f"{type(module).__name__} holds no plain weight matrix")
@@ -98,7 +99,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 # The copy we work with ------------------------------------------------------------------------------
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def skeleton(model: nn.Module) -> Any:
     """A copy of the modules that shares every tensor: ours to take apart, the user's stays whole."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -157,7 +158,7 @@ class Rotation:
         return turned.transpose(1, 2)
 
 
-def pair_tables(attn: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pair_tables(attn: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """GPT-J's (sin, cos) for position ids ``[batch, pos]``, from the table its attention holds."""
     table = attn.embed_positions.to(positions.device)
     sin, cos = table[positions].to(dtype).chunk(2, dim=-1)

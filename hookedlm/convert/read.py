@@ -89,9 +89,8 @@ def read_norm(module: nn.Module, row: Row, config: ConfigReads, seen: Coverage) 
     if eps is None:
         raise MissingPartError(f"{type(module).__name__} tells no eps")
     native = row.norm == "LN" and w is None and b is None
-    kind = "LN" if row.norm == "LN" else "RMS"
     return NormReading(
-        NormSpec(kind, float(eps), row.norm_offset, row.norm_late_cast, native=native), w, b
+        NormSpec("LN" if row.norm == "LN" else "RMS", float(eps), row.norm_offset, row.norm_late_cast, native=native), w, b
     )
 
 
@@ -111,16 +110,18 @@ def read_attention(
     n_heads = W_o.shape[1] // d_head
     notes: list[str] = []
     fused_module = hf.find(block, row.qkv)
-    order = "split" if fused_module is None else hf.resolved(row.qkv_order, block, config)
+    order: Any = "split" if fused_module is None else hf.resolved(row.qkv_order, block, config)
     if fused_module is None:
         parts, biases = _split_qkv(block, row, seen)
-        fused = None
+        whole = None
     else:
         seen.take(fused_module.weight, hf.bias_of(fused_module))
-        parts, biases, fused = _fused_qkv(fused_module, order, n_heads, d_head, notes)
+        parts, biases, whole = _fused_qkv(fused_module, order, n_heads, d_head, notes)
     W_Q, W_K, W_V = (part.unflatten(0, (-1, d_head)).transpose(1, 2) for part in parts)
-    if fused is not None:
-        fused = FusedQKV(order, *fused, (W_Q, W_K, W_V), tuple(_by_head(b, d_head) for b in biases))
+    b_Q, b_K, b_V = (_by_head(bias, d_head) for bias in biases)
+    fused = None
+    if whole is not None:
+        fused = FusedQKV(order, *whole, (W_Q, W_K, W_V), (b_Q, b_K, b_V))
     sinks = hf.find(block, row.sinks)
     seen.take(out.weight, hf.bias_of(out), sinks)
     tensors = AttentionTensors(
@@ -128,9 +129,9 @@ def read_attention(
         W_K=W_K,
         W_V=W_V,
         W_O=W_o.t().unflatten(0, (n_heads, d_head)),
-        b_Q=_by_head(biases[0], d_head),
-        b_K=_by_head(biases[1], d_head),
-        b_V=_by_head(biases[2], d_head),
+        b_Q=b_Q,
+        b_K=b_K,
+        b_V=b_V,
         b_O=hf.bias_of(out),
         sinks=sinks,
         fused=fused,
@@ -189,9 +190,9 @@ def _fused_qkv(
         shared = shared and all(_same_storage(part, b) for part in biases)
     if not shared:
         notes.append("grouped q, k, v interleave in one matrix: no view describes q, so it is copied")
-        parts = tuple(part.detach().clone().requires_grad_(W.requires_grad) for part in parts)
-        biases = tuple(None if x is None else x.detach().clone() for x in biases)
-        return parts, biases, None
+        q, k, v = (part.detach().clone().requires_grad_(W.requires_grad) for part in parts)
+        b_q, b_k, b_v = (None if x is None else x.detach().clone() for x in biases)
+        return (q, k, v), (b_q, b_k, b_v), None
     return parts, biases, (W, b)
 
 

@@ -29,7 +29,7 @@ from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm, Same, Times
 from hookedlm.layers.opaque import OpaqueAttention, OpaqueMixer, OpaqueMLP
-from hookedlm.spec import BlockSpec
+from hookedlm.spec import AttentionSpec, BlockSpec
 
 Stream = Float[Tensor, "batch pos d_model"]
 SAME = Same()
@@ -95,6 +95,7 @@ class AttentionBranch(nn.Module):
     def _copies(self, resid: Stream, norm: nn.Module) -> list[Tensor]:
         """Normed copies of the stream, one for every head to read, for q, k and v."""
         spec = self.attn.spec
+        assert isinstance(spec, AttentionSpec)  # only uniform attention has split inputs
         per_head = resid.unsqueeze(2).expand(-1, -1, spec.n_heads, -1)
         per_kv_head = resid.unsqueeze(2).expand(-1, -1, spec.n_kv_heads, -1)
         if spec.n_heads == spec.n_kv_heads:

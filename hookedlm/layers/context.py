@@ -20,13 +20,15 @@ class Context:
 
     ``mask`` as it was prepared: None (causal, or everything for a single query), boolean (True may
     be attended to) or additive. ``bias`` is added to the scores (ALiBi). ``rotary`` holds the
-    tables the layer's rotation understands. ``kwargs`` are what Hugging Face would call its own
-    block with, by name, for opaque parts.
+    tables the layer's rotation understands. ``positions`` are position embeddings that queries and
+    keys read apart from the stream (Shortformer). ``kwargs`` are what Hugging Face would call its
+    own block with, by name, for opaque parts.
     """
 
     mask: Tensor | None = None
     bias: Float[Tensor, "batch head pos key_pos"] | None = None
     rotary: tuple[Tensor, ...] | None = None
+    positions: Float[Tensor, "batch pos d_model"] | None = None
     remember: Remember | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 

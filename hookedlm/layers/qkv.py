@@ -56,7 +56,7 @@ class Strided:
     @classmethod
     def of(cls, x: Tensor) -> Strided:
         """The place of ``x``."""
-        return cls(tuple(x.shape), x.stride(), x.storage_offset())
+        return cls(tuple(x.shape), x.stride(), int(x.storage_offset()))
 
 
 class FusedQKV:

@@ -1,0 +1,386 @@
+"""Activation patching: run a corrupted prompt with one activation of a clean run put in its place.
+
+For each index of a grid (layer, position, head, ...) one forward pass, and of its logits a metric.
+The answer is a tensor with the grid's shape: where the metric recovers, the clean activation
+carried what the corruption had destroyed. Signatures and results are TransformerLens'.
+Source: "Locating and Editing Factual Associations in GPT" (arXiv 2202.05262); "Interpretability in
+the Wild" (arXiv 2211.00593).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from hookedlm.cache import ActivationCache
+from hookedlm.errors import InputError
+from hookedlm.hooks import HookPoint
+from hookedlm.model import HookedTransformer
+from hookedlm.names import get_act_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Tokens = Int[Tensor, "batch pos"]
+Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], float | Float[Tensor, ""]]
+Index = Sequence[int]
+PatchSetter = Callable[[Tensor, Index, Tensor], Tensor]
+Grid = Float[Tensor, "..."]
+
+AXES = {
+    "layer": ("layer",),
+    "pos": ("pos",),
+    "head": ("head", "kv_head"),
+    "head_index": ("head", "kv_head"),
+    "dest_pos": ("pos",),
+    "src_pos": ("key_pos",),
+}
+"""What an axis of the grid runs over: the axes of the activation that it may index."""
+
+
+# Patch setters ------------------------------------------------------------------------------------
+
+
+def _setter(name: str, what: str, axes: str, skips: int = 0) -> PatchSetter:
+    """A setter whose index, less the layer, points at ``skips`` axes behind the batch."""
+
+    def setter(corrupted_activation: Tensor, index: Index, clean_activation: Tensor) -> Tensor:
+        here = (slice(None),) * (1 + skips) + tuple(index[1:])
+        corrupted_activation[here] = clean_activation[here]
+        return corrupted_activation
+
+    setter.__name__ = setter.__qualname__ = f"{name}_patch_setter"
+    setter.__doc__ = f"Patch {what}, in place; index ({axes})."
+    return setter
+
+
+layer_pos_patch_setter = _setter("layer_pos", "one position", "layer, pos")
+layer_pos_head_vector_patch_setter = _setter(
+    "layer_pos_head_vector", "one head at one position", "layer, pos, head"
+)
+layer_head_vector_patch_setter = _setter(
+    "layer_head_vector", "one head at all positions", "layer, head", skips=1
+)
+layer_head_pattern_patch_setter = _setter("layer_head_pattern", "one pattern", "layer, head")
+layer_head_pos_pattern_patch_setter = _setter(
+    "layer_head_pos_pattern", "one row of a pattern", "layer, head, dest_pos"
+)
+layer_head_dest_src_pos_pattern_patch_setter = _setter(
+    "layer_head_dest_src_pos_pattern", "one entry of a pattern", "layer, head, dest_pos, src_pos"
+)
+
+
+# The engine ---------------------------------------------------------------------------------------
+
+
+def make_df_from_ranges(
+    column_max_ranges: Sequence[int], column_names: Sequence[str]
+) -> pd.DataFrame:
+    """Every combination of ``range(n)`` for each column, the last column running fastest.
+
+    Raises ImportError without pandas.
+    """
+    rows = list(product(*(range(n) for n in column_max_ranges)))
+    return _pandas().DataFrame(rows, columns=list(column_names))
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            "tables of indices need pandas: pip install hookedlm[plots]. Without it use "
+            "index_axis_names and return_index_df=False."
+        ) from error
+    return pandas
+
+
+def generic_activation_patch(
+    model: HookedTransformer,
+    corrupted_tokens: Tokens,
+    clean_cache: ActivationCache,
+    patching_metric: Metric,
+    patch_setter: PatchSetter,
+    activation_name: str,
+    index_axis_names: Sequence[str] | None = None,
+    index_df: pd.DataFrame | None = None,
+    return_index_df: bool = False,
+) -> Grid | tuple[Grid, pd.DataFrame]:
+    """The metric with each index of a grid patched: one forward pass of the corrupted prompt each.
+
+    ``patch_setter(corrupted_activation, index, clean_activation)`` puts one slice of the clean
+    activation into the corrupted one and returns it; ``index`` starts with the layer.
+    ``activation_name`` is shorthand ("resid_pre", "z", "pattern"). The grid is either
+    ``index_axis_names``, from "layer", "pos", "head" (or "head_index"), "dest_pos", "src_pos", and
+    the answer has its shape; or the rows of ``index_df``, and the answer is a list of numbers. A
+    head axis is as long as the activation has heads (keys and values: kv heads). Runs without
+    gradients; hooks that are in the model stay in. Raises InputError before anything runs when an
+    index, an axis, the cache or the prompt does not fit, HookNameError where a layer lacks the
+    activation.
+    """
+    if (index_axis_names is None) == (index_df is None):
+        raise InputError("give either index_axis_names or index_df, and not both")
+    tokens = _checked_tokens(corrupted_tokens)
+    if index_df is not None:
+        names = [str(name) for name in index_df.columns]
+        indices = [tuple(row) for row in index_df.itertuples(index=False, name=None)]
+        shape: tuple[int, ...] = (len(indices),)
+        layers = sorted({_layer(row[0], model) for row in indices}) if names else []
+    else:
+        assert index_axis_names is not None
+        names = list(index_axis_names)
+        layers = list(range(model.cfg.n_layers))
+    points = _points(model, activation_name, layers, clean_cache, tokens)
+    if index_df is None:
+        shape = tuple(_length(name, points, model) for name in _checked_axes(names))
+        indices = list(product(*(range(n) for n in shape)))
+    _check_indices(indices, names, points)
+
+    answers: list[Tensor] = []
+    with torch.no_grad():
+        for index in tqdm(indices, desc=f"patching {activation_name}", leave=False):
+            place = points[int(index[0])]
+            answers.append(_patched(model, tokens, patching_metric, patch_setter, index, *place))
+    grid = torch.stack(answers) if answers else torch.zeros(0, device=model.device)
+    grid = grid.reshape(shape)
+    if not return_index_df:
+        return grid
+    return grid, make_df_from_ranges(shape, names) if index_df is None else index_df
+
+
+def _patched(
+    model: HookedTransformer,
+    tokens: Tokens,
+    metric: Metric,
+    setter: PatchSetter,
+    index: Index,
+    point: HookPoint,
+    clean: Tensor,
+) -> Float[Tensor, ""]:
+    """The metric of one run with one patch."""
+
+    def patch(activation: Tensor, hook: HookPoint) -> Tensor:
+        return setter(activation, list(index), clean.to(activation.device, activation.dtype))
+
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(point.name or "", patch)])
+    answer = torch.as_tensor(metric(logits), dtype=torch.float32, device=model.device)
+    if answer.numel() != 1:
+        raise InputError(
+            f"the patching metric returned {answer.numel()} values; expected one number for the "
+            "whole batch (take the mean over prompts)"
+        )
+    return answer.detach().reshape(())
+
+
+# What is checked before anything runs -------------------------------------------------------------
+
+Points = dict[int, tuple[HookPoint, Tensor]]
+"""Layer -> (where the patch goes, the clean activation)."""
+
+
+def _checked_tokens(tokens: Any) -> Tokens:
+    if not isinstance(tokens, Tensor) or tokens.ndim not in (1, 2):
+        raise InputError("corrupted_tokens must be tokens [batch, pos]: see model.to_tokens")
+    return tokens if tokens.ndim == 2 else tokens[None]
+
+
+def _checked_axes(names: Sequence[str]) -> Sequence[str]:
+    unknown = [name for name in names if name not in AXES]
+    if unknown or not names or names[0] != "layer":
+        raise InputError(
+            f"index_axis_names={list(names)}: the first is 'layer', the others are from "
+            f"{', '.join(list(AXES)[1:])}"
+        )
+    return names
+
+
+def _layer(value: Any, model: HookedTransformer) -> int:
+    if int(value) != value or not 0 <= value < model.cfg.n_layers:
+        raise InputError(
+            f"layer {value} in an index: this model has layers 0 to {model.cfg.n_layers - 1}"
+        )
+    return int(value)
+
+
+def _points(
+    model: HookedTransformer,
+    activation_name: str,
+    layers: Sequence[int],
+    cache: ActivationCache,
+    tokens: Tokens,
+) -> Points:
+    points: Points = {}
+    for layer in layers:
+        name = get_act_name(activation_name, layer)
+        (point,) = model.select([name])
+        clean = cache[name]
+        axes = point.axes or ()
+        if clean.ndim != len(axes):
+            raise InputError(
+                f"the clean {name} has shape {tuple(clean.shape)}; expected the axes "
+                f"{point.axes_text}. Keep the batch axis: run_with_cache without remove_batch_dim."
+            )
+        expected = {"batch": (1, tokens.shape[0]), "pos": (tokens.shape[1],)}
+        for axis, length in zip(axes, clean.shape, strict=True):
+            if axis in expected and length not in expected[axis]:
+                raise InputError(
+                    f"the clean {name} has {length} along {axis}, the corrupted prompt "
+                    f"{expected[axis][-1]}: patching wants prompts of equal length"
+                )
+        points[layer] = (point, clean)
+    return points
+
+
+def _length(name: str, points: Points, model: HookedTransformer) -> int:
+    """How long an axis of the grid is: the shortest among the layers' activations."""
+    if name == "layer":
+        return model.cfg.n_layers
+    lengths = {_length_at(name, *points[layer]) for layer in points}
+    if len(lengths) != 1:
+        raise InputError(
+            f"the layers differ in their number of {name} ({sorted(lengths)}): give the rows to "
+            "patch as index_df"
+        )
+    return lengths.pop()
+
+
+def _length_at(name: str, point: HookPoint, clean: Tensor) -> int:
+    axes = point.axes or ()
+    for axis in AXES[name]:
+        if axis in axes:
+            return clean.shape[axes.index(axis)]
+    raise InputError(f"{point.name} has the axes {point.axes_text}: {name!r} indexes none of them")
+
+
+def _check_indices(indices: Sequence[Index], names: Sequence[str], points: Points) -> None:
+    """Columns with a name known here must be in range; others are the setter's own business."""
+    known = [(column, name) for column, name in enumerate(names) if name in AXES and column > 0]
+    lengths = {
+        layer: {name: _length_at(name, *points[layer]) for _, name in known} for layer in points
+    }
+    for index in indices:
+        for column, name in known:
+            length = lengths[int(index[0])][name]
+            if not -length <= index[column] < length:
+                raise InputError(
+                    f"{name} {index[column]} in the index {tuple(index)}: there are {length}"
+                )
+
+
+# The sweeps everybody runs ------------------------------------------------------------------------
+
+
+def _sweep(
+    name: str, activation: str, setter: PatchSetter, axes: tuple[str, ...]
+) -> Callable[..., Any]:
+    def sweep(
+        model: HookedTransformer,
+        corrupted_tokens: Tokens,
+        clean_cache: ActivationCache,
+        patching_metric: Metric,
+        *,
+        return_index_df: bool = False,
+    ) -> Any:
+        return generic_activation_patch(
+            model,
+            corrupted_tokens,
+            clean_cache,
+            patching_metric,
+            setter,
+            activation,
+            index_axis_names=axes,
+            return_index_df=return_index_df,
+        )
+
+    sweep.__name__ = sweep.__qualname__ = f"get_act_patch_{name}"
+    sweep.__doc__ = (
+        f"``[{', '.join(axes)}]``: the metric with the clean ``{activation}`` patched into the "
+        "corrupted run\n    at each index. Arguments and errors as `generic_activation_patch`."
+    )
+    return sweep
+
+
+_POS, _HEAD = layer_pos_patch_setter, layer_head_vector_patch_setter
+_POS_HEAD, _PATTERN = layer_pos_head_vector_patch_setter, layer_head_pattern_patch_setter
+_PATTERN_ROW = layer_head_pos_pattern_patch_setter
+_PATTERN_ENTRY = layer_head_dest_src_pos_pattern_patch_setter
+_L_P, _L_H, _L_P_H = ("layer", "pos"), ("layer", "head"), ("layer", "pos", "head")
+_L_H_D = ("layer", "head_index", "dest_pos")
+
+get_act_patch_resid_pre = _sweep("resid_pre", "resid_pre", _POS, _L_P)
+get_act_patch_resid_mid = _sweep("resid_mid", "resid_mid", _POS, _L_P)
+get_act_patch_attn_out = _sweep("attn_out", "attn_out", _POS, _L_P)
+get_act_patch_mlp_out = _sweep("mlp_out", "mlp_out", _POS, _L_P)
+
+get_act_patch_attn_head_out_by_pos = _sweep("attn_head_out_by_pos", "z", _POS_HEAD, _L_P_H)
+get_act_patch_attn_head_q_by_pos = _sweep("attn_head_q_by_pos", "q", _POS_HEAD, _L_P_H)
+get_act_patch_attn_head_k_by_pos = _sweep("attn_head_k_by_pos", "k", _POS_HEAD, _L_P_H)
+get_act_patch_attn_head_v_by_pos = _sweep("attn_head_v_by_pos", "v", _POS_HEAD, _L_P_H)
+get_act_patch_attn_head_pattern_by_pos = _sweep(
+    "attn_head_pattern_by_pos", "pattern", _PATTERN_ROW, _L_H_D
+)
+get_act_patch_attn_head_pattern_dest_src_pos = _sweep(
+    "attn_head_pattern_dest_src_pos", "pattern", _PATTERN_ENTRY, (*_L_H_D, "src_pos")
+)
+
+get_act_patch_attn_head_out_all_pos = _sweep("attn_head_out_all_pos", "z", _HEAD, _L_H)
+get_act_patch_attn_head_q_all_pos = _sweep("attn_head_q_all_pos", "q", _HEAD, _L_H)
+get_act_patch_attn_head_k_all_pos = _sweep("attn_head_k_all_pos", "k", _HEAD, _L_H)
+get_act_patch_attn_head_v_all_pos = _sweep("attn_head_v_all_pos", "v", _HEAD, _L_H)
+get_act_patch_attn_head_pattern_all_pos = _sweep(
+    "attn_head_pattern_all_pos", "pattern", _PATTERN, ("layer", "head_index")
+)
+
+
+def get_act_patch_attn_head_all_pos_every(
+    model: HookedTransformer, corrupted_tokens: Tokens, clean_cache: ActivationCache, metric: Metric
+) -> Float[Tensor, "5 layer head"]:
+    """The sweeps over z, q, k, v and pattern at all positions, stacked in this order.
+
+    Under grouped queries the k and v of a kv head stand at every query head that reads it.
+    """
+    sweeps = (
+        get_act_patch_attn_head_out_all_pos,
+        get_act_patch_attn_head_q_all_pos,
+        get_act_patch_attn_head_k_all_pos,
+        get_act_patch_attn_head_v_all_pos,
+        get_act_patch_attn_head_pattern_all_pos,
+    )
+    grids = [sweep(model, corrupted_tokens, clean_cache, metric) for sweep in sweeps]
+    return torch.stack([_per_query_head(grid, model) for grid in grids])
+
+
+def get_act_patch_attn_head_by_pos_every(
+    model: HookedTransformer, corrupted_tokens: Tokens, clean_cache: ActivationCache, metric: Metric
+) -> Float[Tensor, "5 layer pos head"]:
+    """The sweeps over z, q, k, v and rows of the pattern at each position, stacked in this order.
+
+    Under grouped queries the k and v of a kv head stand at every query head that reads it.
+    """
+    sweeps = (
+        get_act_patch_attn_head_out_by_pos,
+        get_act_patch_attn_head_q_by_pos,
+        get_act_patch_attn_head_k_by_pos,
+        get_act_patch_attn_head_v_by_pos,
+    )
+    grids = [sweep(model, corrupted_tokens, clean_cache, metric) for sweep in sweeps]
+    rows = get_act_patch_attn_head_pattern_by_pos(model, corrupted_tokens, clean_cache, metric)
+    return torch.stack([*(_per_query_head(grid, model) for grid in grids), rows.transpose(1, 2)])
+
+
+def _per_query_head(grid: Float[Tensor, "... head"], model: HookedTransformer) -> Grid:
+    return grid.repeat_interleave(model.cfg.n_heads // grid.shape[-1], dim=-1)
+
+
+def get_act_patch_block_every(
+    model: HookedTransformer, corrupted_tokens: Tokens, clean_cache: ActivationCache, metric: Metric
+) -> Float[Tensor, "3 layer pos"]:
+    """The sweeps over resid_pre, attn_out and mlp_out at each position, stacked in this order."""
+    sweeps = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
+    return torch.stack([sweep(model, corrupted_tokens, clean_cache, metric) for sweep in sweeps])
