@@ -51,7 +51,7 @@ class ActivationCache:
         self.has_embed = "hook_embed" in self.cache_dict
         self.has_pos_embed = "hook_pos_embed" in self.cache_dict
 
-    # A dictionary -----------------------------------------------------------------------------------
+    # A dictionary ---------------------------------------------------------------------------------
 
     def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
         name = self.name_of(key)
@@ -60,9 +60,13 @@ class ActivationCache:
         if name.endswith("attn.hook_result"):
             self._compute_result(name)
             return self.cache_dict[name]
-        why = self.model.why_missing(name) if name not in self.model.hook_dict else (
-            "The model has it, but it was not recorded: look at names_filter, stop_at_layer and "
-            "return_type."
+        why = (
+            self.model.why_missing(name)
+            if name not in self.model.hook_dict
+            else (
+                "The model has it, but it was not recorded: look at names_filter, stop_at_layer and "
+                "return_type."
+            )
         )
         close = nearest(name, self.cache_dict)
         raise CacheKeyError(
@@ -133,7 +137,7 @@ class ActivationCache:
             self.model.to(device)
         return self
 
-    # Positions and batch ----------------------------------------------------------------------------
+    # Positions and batch --------------------------------------------------------------------------
 
     def _stream(self, name: str, pos: Slice) -> Tensor:
         """One recorded stream ``[batch?, pos?, d_model]``, positions selected."""
@@ -155,7 +159,7 @@ class ActivationCache:
             raise InputError(f"layer={layer}: this model has layers 0 to {n - 1}; {n} is the end")
         return layer
 
-    # The stream as it grows -------------------------------------------------------------------------
+    # The stream as it grows -----------------------------------------------------------------------
 
     def accumulated_resid(
         self,
@@ -268,7 +272,7 @@ class ActivationCache:
             for label, x in parts
         ]
 
-    # Heads ------------------------------------------------------------------------------------------
+    # Heads ----------------------------------------------------------------------------------------
 
     def compute_head_results(self) -> None:
         """Add ``blocks.L.attn.hook_result`` of every layer: what each head writes."""
@@ -345,7 +349,7 @@ class ActivationCache:
         end = self._layer(layer)
         return torch.stack([self[(activation_name, i, sublayer_type)] for i in range(end)])
 
-    # Norms and logits -------------------------------------------------------------------------------
+    # Norms and logits -----------------------------------------------------------------------------
 
     def apply_ln_to_stack(
         self,
@@ -365,8 +369,10 @@ class ActivationCache:
         which positions and rows the stack holds.
         """
         layer = self._layer(layer)
-        name = "ln_final" if layer == self.model.cfg.n_layers else (
-            f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}"
+        name = (
+            "ln_final"
+            if layer == self.model.cfg.n_layers
+            else (f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}")
         )
         norm = self.model.mod_dict.get(name)
         if norm is None or not isinstance(norm, Norm):

@@ -64,9 +64,7 @@ class CachingMethods(HookedRootModule):
         quiet = self._quiet_points() if deferred else {}
         store: dict[str, Tensor] = {}
         recorder = Recorder(store, compacts=names_filter is not None, **options)
-        requests = [
-            HookRequest(p, recorder, observes=True) for p in points if p.name not in quiet
-        ]
+        requests = [HookRequest(p, recorder, observes=True) for p in points if p.name not in quiet]
         if incl_bwd:
             grads = Recorder(store, suffix="_grad", **options)
             requests += [HookRequest(p, grads, "bwd", observes=True) for p in points]

@@ -119,7 +119,9 @@ def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
         inputs = {"ln1": lambda t: t[pre] + t[attn_out], "ln2": lambda t: t[mid] + t[mlp_out]}
     attn = block.attn
     if isinstance(attn, Attention):
-        inputs["ln1_post"] = lambda t: from_heads(t[f"{name}.attn.hook_z"], attn.W_O, attn.live("b_O"))
+        inputs["ln1_post"] = lambda t: from_heads(
+            t[f"{name}.attn.hook_z"], attn.W_O, attn.live("b_O")
+        )
         table.update(_of_attention(f"{name}.attn", attn))
     mlp = block._modules.get("mlp")
     if isinstance(mlp, (MLP, GatedMLP)):
@@ -131,9 +133,7 @@ def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
     return table
 
 
-def _of_norm(
-    name: str, norm: Norm, read: Callable[[Tensors], Tensor]
-) -> dict[str, Derivation]:
+def _of_norm(name: str, norm: Norm, read: Callable[[Tensors], Tensor]) -> dict[str, Derivation]:
     def scale(t: Tensors, ctx: Context) -> Tensor:
         return norm.scale_of(read(t))
 

@@ -101,7 +101,12 @@ class Driver:
         plain = mask is None and cache is None
         key: tuple[Any, ...] | None = None
         if plain and self.preparer.reusable and stream is not None and pos_embed is None:
-            key = (tuple(stream.shape), stream.dtype, stream.device, torch.is_inference_mode_enabled())
+            key = (
+                tuple(stream.shape),
+                stream.dtype,
+                stream.device,
+                torch.is_inference_mode_enabled(),
+            )
             if key in self._kept:
                 self._kept.move_to_end(key)
                 self.latest = self._kept[key].contexts

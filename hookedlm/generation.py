@@ -153,8 +153,10 @@ class GenerationMethods:
         if stop_at_eos and eos_token_id is None:
             eos_token_id = self._eos()
         options["eos_token_id"] = eos_token_id if stop_at_eos else None
-        options["pad_token_id"] = self.pad_token_id if self.tokenizer is not None else (
-            eos_token_id if isinstance(eos_token_id, int) else 0
+        options["pad_token_id"] = (
+            self.pad_token_id
+            if self.tokenizer is not None
+            else (eos_token_id if isinstance(eos_token_id, int) else 0)
         )
         return options
 
@@ -172,7 +174,9 @@ class GenerationMethods:
         own = self._outside[0]
         if own is None:
             config = PretrainedConfig(
-                num_hidden_layers=self.cfg.n_layers, hidden_size=self.cfg.d_model, vocab_size=self.cfg.d_vocab
+                num_hidden_layers=self.cfg.n_layers,
+                hidden_size=self.cfg.d_model,
+                vocab_size=self.cfg.d_vocab,
             )
         else:
             config = copy.deepcopy(own.config)

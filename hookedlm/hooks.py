@@ -201,7 +201,7 @@ class HookPoint(nn.Module):
         """Whether a hook stands here that may change the tensor (recorders never do)."""
         return any(not handle.observes for handle in (*self.fwd_hooks, *self.bwd_hooks))
 
-    # What a hook may ask ---------------------------------------------------------------------------
+    # What a hook may ask --------------------------------------------------------------------------
 
     def clear_context(self) -> None:
         """Empty ``ctx``, the dictionary in which hooks may keep things between runs."""

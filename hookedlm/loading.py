@@ -92,7 +92,9 @@ def load_layers(
         raise LoadError(f"{extra}: only used when a checkpoint is read, not with a module")
     conversion = convert(hf_model, strict=strict)
     if tokenizer is None:
-        tokenizer = _tokenizer(path or _name_of(hf_model), local=path is None or local, revision=revision)
+        tokenizer = _tokenizer(
+            path or _name_of(hf_model), local=path is None or local, revision=revision
+        )
     fields = config_fields(conversion, name.rstrip("/").split("/")[-1])
     fields |= {"dtype": dtype_of(hf_model), "device": str(next(hf_model.parameters()).device)}
     if n_ctx is not None:

@@ -100,7 +100,7 @@ class HookedTransformer(
         self.hook_logits = HookPoint(LOGITS)
         self.setup()
 
-    # The forward pass -------------------------------------------------------------------------------
+    # The forward pass -----------------------------------------------------------------------------
 
     def forward(
         self,
@@ -287,12 +287,12 @@ class HookedTransformer(
         loss = self.loss_fn(logits, tokens, real, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
-    def _logits(
-        self, stream: Stream, tokens: Tokens | None, mask: Tensor | None
-    ) -> Logits:
+    def _logits(self, stream: Stream, tokens: Tokens | None, mask: Tensor | None) -> Logits:
         if self.unembed is None:
-            positions = None if mask is None else self.driver.positions(
-                mask, stream.shape[1], 0, stream.device
+            positions = (
+                None
+                if mask is None
+                else self.driver.positions(mask, stream.shape[1], 0, stream.device)
             )
             return self._outside[2](stream, tokens, mask, positions)
         return self.unembed(stream if self.ln_final is None else self.ln_final(stream))
@@ -314,7 +314,7 @@ class HookedTransformer(
             attention_mask = self.padding_mask(tokens)
         return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token)
 
-    # Names ------------------------------------------------------------------------------------------
+    # Names ----------------------------------------------------------------------------------------
 
     def setup(self) -> None:
         """Name every hook point; call again after adding or replacing modules."""

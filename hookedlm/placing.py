@@ -60,7 +60,9 @@ class PlacingMethods(nn.Module):
         """Modules that belong to the model without being part of its tree."""
         return [module for module in self._outside if isinstance(module, nn.Module)]
 
-    def _apply(self: HookedTransformer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(
+        self: HookedTransformer, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> Any:
         move = StorageMap(fn)
         for module in self._outside_modules():
             module._apply(move)

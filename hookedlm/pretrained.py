@@ -137,7 +137,7 @@ class PretrainedMethods:
             **from_pretrained_kwargs,
         )
 
-    # Processing -------------------------------------------------------------------------------------
+    # Processing -----------------------------------------------------------------------------------
 
     def process_weights_(
         self: HookedTransformer,
@@ -173,7 +173,6 @@ class PretrainedMethods:
                 + " Pass the matching argument as False to say so yourself.",
                 stacklevel=3,
             )
-
 
     def remove_layernorm(self: HookedTransformer) -> None:
         """Take out the norms of a model trained to do without: see `transforms.remove_layernorm`."""

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 SliceInput = (
-    int | slice | tuple[int, ...] | tuple[int | None, ...] | Sequence[int] | np.ndarray | Tensor | None
+    int
+    | slice
+    | tuple[int, ...]
+    | tuple[int | None, ...]
+    | Sequence[int]
+    | np.ndarray
+    | Tensor
+    | None
 )
 """int | (stop,) | (start, stop[, step]) | slice | indices (list, array, tensor) | None: all."""
 

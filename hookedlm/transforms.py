@@ -54,7 +54,7 @@ class Reader:
     bias: str | None
 
 
-# Applying -------------------------------------------------------------------------------------------
+# Applying -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -116,10 +116,12 @@ def add_bias(module: nn.Module, name: str, value: Tensor, like: str) -> None:
     )
 
 
-# Fold LayerNorm -------------------------------------------------------------------------------------
+# Fold LayerNorm -----------------------------------------------------------------------------------
 
 
-def fold_ln(model: HookedTransformer, fold_biases: bool = True, center_weights: bool = True) -> Record:
+def fold_ln(
+    model: HookedTransformer, fold_biases: bool = True, center_weights: bool = True
+) -> Record:
     """Move norm weights (and biases) into the matrices that read the normed stream.
 
     After it a norm only divides by its scale (LayerNorm: centres and divides). ``center_weights``
@@ -213,7 +215,7 @@ def _expert_readers(moe: MoE, norm: Norm) -> tuple[list[Reader], str]:
     return readers, ""
 
 
-# Centre ---------------------------------------------------------------------------------------------
+# Centre -------------------------------------------------------------------------------------------
 
 
 def why_writing_matters(model: HookedTransformer) -> str:
@@ -280,7 +282,7 @@ def center_unembed(model: HookedTransformer) -> Record:
     return record
 
 
-# Attention ------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 
 def _uniform_attention(
@@ -344,7 +346,8 @@ def refactor_factored_attn_matrices(model: HookedTransformer) -> Record:
 def _refactor(attn: Attention) -> None:
     W = {name: attn._parameters[name].float() for name in ("W_Q", "W_K", "W_V", "W_O")}
     b = {
-        name: torch.zeros_like(W[f"W_{name[-1]}"][:, 0]) if attn.live(name) is None
+        name: torch.zeros_like(W[f"W_{name[-1]}"][:, 0])
+        if attn.live(name) is None
         else attn.live(name).float()
         for name in ("b_Q", "b_K", "b_V")
     }
@@ -365,7 +368,7 @@ def _refactor(attn: Attention) -> None:
         put(attn, name, value.contiguous())
 
 
-# Remove norms ---------------------------------------------------------------------------------------
+# Remove norms -------------------------------------------------------------------------------------
 
 
 def remove_layernorm(model: HookedTransformer) -> Record:
@@ -390,5 +393,3 @@ def remove_layernorm(model: HookedTransformer) -> Record:
         model.setup()
         model.cfg.normalization_type = None
     return record
-
-

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Union
-
-from typing import Any
+from typing import Any, Union
 
 from torch import nn
 

@@ -74,8 +74,16 @@ def convert(model: nn.Module, strict: bool = False) -> Conversion:
     blocks, calls = _blocks(layers, row, config, truth, fidelity)
     ln_final, unembed = _reading_out(own, row, config)
     conversion = Conversion(
-        own, row, embed, pos_embed, blocks, ln_final, unembed, None,
-        _preparer(own, row, layers, calls, truth, keep_norm=unembed is None), fidelity,
+        own,
+        row,
+        embed,
+        pos_embed,
+        blocks,
+        ln_final,
+        unembed,
+        None,
+        _preparer(own, row, layers, calls, truth, keep_norm=unembed is None),
+        fidelity,
     )
     _check_logits(conversion, truth, config)
     fidelity.unread = _unread(config)
@@ -84,17 +92,19 @@ def convert(model: nn.Module, strict: bool = False) -> Conversion:
     return conversion
 
 
-# Which row ------------------------------------------------------------------------------------------
+# Which row ----------------------------------------------------------------------------------------
 
 
-def _row_of(model: nn.Module) -> tuple[Row, str]:
+def _row_of(model: Any) -> tuple[Row, str]:
     model_type = getattr(model.config, "model_type", "")
     if model_type in FAMILIES:
         return FAMILIES[model_type], model_type
     for row, name in zip(GUESSES, ("llama", "gpt2")):
         if all(hf.find(model, place) is not None for place in (row.base, row.blocks, row.embed)):
             return row, f"{name} (a guess: {model_type!r} has no row)"
-    return _matched_row(model), f"nothing known (matched by module names: {model_type!r} has no row)"
+    return _matched_row(
+        model
+    ), f"nothing known (matched by module names: {model_type!r} has no row)"
 
 
 def guess_blocks(model: nn.Module) -> str:
@@ -104,8 +114,10 @@ def guess_blocks(model: nn.Module) -> str:
     found: Counter[str] = Counter()
     for name, module in model.named_modules():
         parts = name.rsplit(".", 1)
-        if len(parts) == 2 and parts[1].isdigit() and any(
-            words.search(child) for child, _ in module.named_modules()
+        if (
+            len(parts) == 2
+            and parts[1].isdigit()
+            and any(words.search(child) for child, _ in module.named_modules())
         ):
             found[parts[0]] += 1
     outermost = {p: n for p, n in found.items() if not any(p.startswith(q + ".") for q in found)}
@@ -117,24 +129,33 @@ def guess_blocks(model: nn.Module) -> str:
     return max(outermost, key=lambda path: (outermost[path], -len(path)))
 
 
-def _matched_row(model: nn.Module) -> Row:
+def _matched_row(model: Any) -> Row:
     blocks = guess_blocks(model)
     parent = blocks.rsplit(".", 1)[0] if "." in blocks else ""
     names = {id(module): name for name, module in model.named_modules()}
     children = list(hf.at(model, parent).named_children() if parent else model.named_children())
     after = children[[name for name, _ in children].index(blocks.rsplit(".", 1)[-1]) + 1 :]
-    norms = [name for name, child in after if re.search(r"norm|ln", name) and not list(child.children())]
+    norms = [
+        name for name, child in after if re.search(r"norm|ln", name) and not list(child.children())
+    ]
     embed = names.get(id(model.get_input_embeddings()))
     head = names.get(id(model.get_output_embeddings()))
     if embed is None or head is None or not parent:
         raise ConversionError(f"{type(model).__name__} does not tell its embedding or its head")
     return Row(
-        base=parent, blocks=blocks, embed=embed, unembed=head, attn=None, mlp=None, ln1=None, ln2=None,
+        base=parent,
+        blocks=blocks,
+        embed=embed,
+        unembed=head,
+        attn=None,
+        mlp=None,
+        ln1=None,
+        ln2=None,
         ln_final=f"{parent}.{norms[0]}" if norms else None,
     )
 
 
-# The parts ------------------------------------------------------------------------------------------
+# The parts ----------------------------------------------------------------------------------------
 
 
 def _embedding(
@@ -160,7 +181,9 @@ def _embedding(
         fidelity.parts.append(PartReport("embed", "uniform", agreement))
         return embed, pos_embed
     reason = f"what enters block 0 is not the embedding ({agreement.error:.1e} away)"
-    fidelity.parts.append(PartReport("embed", "opaque embedding", Agreement(0.0, True), None, reason))
+    fidelity.parts.append(
+        PartReport("embed", "opaque embedding", Agreement(0.0, True), None, reason)
+    )
     return None, None
 
 
@@ -201,7 +224,11 @@ def _block(
 def _form(reading: BlockReading) -> str:
     opaque = [
         what
-        for what, part in (("attention", reading.attn), ("MLP", reading.mlp), ("mixer", reading.mixer))
+        for what, part in (
+            ("attention", reading.attn),
+            ("MLP", reading.mlp),
+            ("mixer", reading.mixer),
+        )
         if isinstance(part, OpaqueReading)
     ]
     if opaque:
@@ -266,7 +293,7 @@ def _reading_out(
     return ln_final, unembed
 
 
-# Running --------------------------------------------------------------------------------------------
+# Running ------------------------------------------------------------------------------------------
 
 
 def _preparer(
@@ -333,33 +360,122 @@ def _strip(conversion: Conversion) -> None:
 
 
 INERT = {
-    "vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "n_inner",
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads", "n_head",
-    "n_heads", "num_heads", "num_key_value_heads", "num_kv_heads", "head_dim", "n_positions", "n_ctx",
-    "max_position_embeddings", "max_seq_len", "architectures", "dtype", "torch_dtype", "model_type",
-    "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
-    "initializer_range", "tie_word_embeddings", "attention_dropout", "hidden_dropout", "attn_pdrop",
-    "embd_pdrop", "resid_pdrop", "resid_dropout", "embed_dropout", "dropout", "activation_dropout",
-    "layerdrop", "residual_dropout", "embedding_dropout", "_name_or_path", "name_or_path",
-    "task_specific_params", "return_dict", "output_router_logits", "router_aux_loss_coef",
-    "router_jitter_noise", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj", "pretraining_tp", "word_embed_proj_dim", "id2label", "label2id",
+    "vocab_size",
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "head_dim",
+    "n_positions",
+    "n_ctx",
+    "max_position_embeddings",
+    "max_seq_len",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "model_type",
+    "transformers_version",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "initializer_range",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "hidden_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "resid_dropout",
+    "embed_dropout",
+    "dropout",
+    "activation_dropout",
+    "layerdrop",
+    "residual_dropout",
+    "embedding_dropout",
+    "_name_or_path",
+    "name_or_path",
+    "task_specific_params",
+    "return_dict",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+    "pretraining_tp",
+    "word_embed_proj_dim",
+    "id2label",
+    "label2id",
 }
 """Config keys that say sizes (read from the tensors), names, or what matters only in training."""
 
 FROM_MODULES = {
-    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps",
-    "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types",
-    "sliding_window", "use_sliding_window", "max_window_layers", "attention_layers",
-    "attention_types", "window_size", "hidden_act", "hidden_activation", "activation_function",
-    "activation", "attention_bias", "mlp_bias", "bias", "use_bias", "enable_bias", "use_qkv_bias",
-    "query_pre_attn_scalar", "attention_multiplier", "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx", "qk_layernorm", "use_qk_norm", "num_experts",
-    "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-    "mlp_only_layers", "decoder_sparse_step", "residual_multiplier", "rotary_dim", "attn_config",
-    "num_ln_in_parallel_attn", "layer_norm_elementwise_affine", "swiglu_limit", "swiglu_alpha",
-    "ffn_hidden_size", "multi_query", "sliding_window_pattern",
-    "_remove_final_layer_norm", "original_max_position_embeddings",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_epsilon",
+    "norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    "layer_types",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "attention_layers",
+    "attention_types",
+    "window_size",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "activation",
+    "attention_bias",
+    "mlp_bias",
+    "bias",
+    "use_bias",
+    "enable_bias",
+    "use_qkv_bias",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "qk_layernorm",
+    "use_qk_norm",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+    "residual_multiplier",
+    "rotary_dim",
+    "attn_config",
+    "num_ln_in_parallel_attn",
+    "layer_norm_elementwise_affine",
+    "swiglu_limit",
+    "swiglu_alpha",
+    "ffn_hidden_size",
+    "multi_query",
+    "sliding_window_pattern",
+    "_remove_final_layer_norm",
+    "original_max_position_embeddings",
 }
 """Config keys whose effect is read off the modules that were built with them."""
 

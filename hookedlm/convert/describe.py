@@ -47,13 +47,13 @@ def config_fields(conversion: Conversion, name: str) -> dict[str, Any]:
         fields["d_vocab_out"] = int(conversion.unembed.W_U.shape[1])
         fields["output_logits_soft_cap"] = conversion.unembed.softcap or -1.0
     blocks = conversion.blocks
-    attention = [
-        m["attn"] for m in map(_modules, blocks) if isinstance(m.get("attn"), Attention)
-    ]
+    attention = [m["attn"] for m in map(_modules, blocks) if isinstance(m.get("attn"), Attention)]
     mlps = [m["mlp"] for m in map(_modules, blocks) if m.get("mlp") is not None]
     fields |= _of_attention(attention, config) | _of_mlps(mlps, config)
     fields |= _of_norms(conversion) | _of_positions(conversion, attention, config)
-    fields["parallel_attn_mlp"] = "parallel" in {p.form.split(", ")[-1] for p in conversion.fidelity.parts}
+    fields["parallel_attn_mlp"] = "parallel" in {
+        p.form.split(", ")[-1] for p in conversion.fidelity.parts
+    }
     return fields
 
 
@@ -106,11 +106,18 @@ def _of_attention(layers: list[Attention], config: Any) -> dict[str, Any]:
 def _of_mlps(layers: list[nn.Module], config: Any) -> dict[str, Any]:
     dense = [layer for layer in layers if isinstance(layer, (MLP, GatedMLP))]
     moes = [layer for layer in layers if isinstance(layer, MoE)]
-    fields: dict[str, Any] = {"act_fn": "gelu", "d_mlp": int(hf.find(config, ("intermediate_size",)) or 0) or None}
+    fields: dict[str, Any] = {
+        "act_fn": "gelu",
+        "d_mlp": int(hf.find(config, ("intermediate_size",)) or 0) or None,
+    }
     if moes:
         spec = moes[0].spec
         fields |= {"num_experts": spec.n_experts, "experts_per_token": spec.top_k}
-        fields |= {"gated_mlp": True, "d_mlp": spec.d_mlp, "act_fn": ACTIVATIONS.get(spec.act, "silu")}
+        fields |= {
+            "gated_mlp": True,
+            "d_mlp": spec.d_mlp,
+            "act_fn": ACTIVATIONS.get(spec.act, "silu"),
+        }
     if dense:
         fields["d_mlp"] = dense[0].spec.d_mlp
         fields["gated_mlp"] = dense[0].spec.gated
@@ -119,9 +126,14 @@ def _of_mlps(layers: list[nn.Module], config: Any) -> dict[str, Any]:
 
 
 def _of_norms(conversion: Conversion) -> dict[str, Any]:
-    norms = [m for block in conversion.blocks for m in _modules(block).values() if isinstance(m, Norm)]
+    norms = [
+        m for block in conversion.blocks for m in _modules(block).values() if isinstance(m, Norm)
+    ]
     norms += [conversion.ln_final] if isinstance(conversion.ln_final, Norm) else []
-    both = any({"ln1", "ln1_post"} <= {n for n, m in _modules(b).items() if isinstance(m, Norm)} for b in conversion.blocks)
+    both = any(
+        {"ln1", "ln1_post"} <= {n for n, m in _modules(b).items() if isinstance(m, Norm)}
+        for b in conversion.blocks
+    )
     return {
         "normalization_type": norms[0].spec.kind if norms else None,
         "eps": norms[0].eps if norms else 1e-5,
@@ -136,9 +148,15 @@ def _of_positions(conversion: Conversion, layers: list[Attention], config: Any) 
     if any(layer.spec.rotary for layer in layers):
         parameters = hf.find(config, ("rope_parameters",)) or {}
         base = parameters.get("rope_theta", 10000) if isinstance(parameters, dict) else 10000
-        factor = parameters.get("partial_rotary_factor", 1.0) if isinstance(parameters, dict) else 1.0
+        factor = (
+            parameters.get("partial_rotary_factor", 1.0) if isinstance(parameters, dict) else 1.0
+        )
         width = hf.find(config, ("rotary_dim",)) or int(layers[0].spec.d_head * factor)
-        return {"positional_embedding_type": "rotary", "rotary_dim": width, "rotary_base": int(base)}
+        return {
+            "positional_embedding_type": "rotary",
+            "rotary_dim": width,
+            "rotary_base": int(base),
+        }
     if conversion.row.bias is not None or hf.find(config, ("alibi",)):
         return {"positional_embedding_type": "alibi"}
     return {"positional_embedding_type": "none"}

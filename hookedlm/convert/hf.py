@@ -69,7 +69,7 @@ def resolved(fact: Fact, root: Any, config: ConfigReads) -> Any:
     return at(root, fact.removeprefix("."))
 
 
-# Tensors --------------------------------------------------------------------------------------------
+# Tensors ------------------------------------------------------------------------------------------
 
 
 def is_plain_linear(module: Any) -> bool:
@@ -96,7 +96,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return getattr(module, "bias", None)
 
 
-# The copy we work with ------------------------------------------------------------------------------
+# The copy we work with ----------------------------------------------------------------------------
 
 
 def skeleton(model: nn.Module) -> Any:
@@ -119,7 +119,7 @@ def replace_at(root: nn.Module, path: str, new: Any) -> None:
     setattr(at(root, ".".join(parents)) if parents else root, name, new)
 
 
-# Positions ------------------------------------------------------------------------------------------
+# Positions ----------------------------------------------------------------------------------------
 
 
 def has_rotation(attn: nn.Module) -> bool:
@@ -165,7 +165,7 @@ def pair_tables(attn: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return sin, cos
 
 
-# Coverage -------------------------------------------------------------------------------------------
+# Coverage -----------------------------------------------------------------------------------------
 
 
 class Coverage:

@@ -155,9 +155,7 @@ class HFPreparer:
         self._forget_lengths()
         try:
             self.module(**kwargs)
-            contexts = [
-                block.context(call, past) for block, call in zip(self.blocks, self.calls)
-            ]
+            contexts = [block.context(call, past) for block, call in zip(self.blocks, self.calls)]
             if len(contexts) != len(self.blocks):
                 raise RuntimeError(
                     f"{type(self.module).__name__} called {len(contexts)} of "

@@ -90,11 +90,19 @@ def read_norm(module: nn.Module, row: Row, config: ConfigReads, seen: Coverage) 
         raise MissingPartError(f"{type(module).__name__} tells no eps")
     native = row.norm == "LN" and w is None and b is None
     return NormReading(
-        NormSpec("LN" if row.norm == "LN" else "RMS", float(eps), row.norm_offset, row.norm_late_cast, native=native), w, b
+        NormSpec(
+            "LN" if row.norm == "LN" else "RMS",
+            float(eps),
+            row.norm_offset,
+            row.norm_late_cast,
+            native=native,
+        ),
+        w,
+        b,
     )
 
 
-# Attention ------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 
 def read_attention(
@@ -189,7 +197,9 @@ def _fused_qkv(
     if b is not None:
         shared = shared and all(_same_storage(part, b) for part in biases)
     if not shared:
-        notes.append("grouped q, k, v interleave in one matrix: no view describes q, so it is copied")
+        notes.append(
+            "grouped q, k, v interleave in one matrix: no view describes q, so it is copied"
+        )
         q, k, v = (part.detach().clone().requires_grad_(W.requires_grad) for part in parts)
         b_q, b_k, b_v = (None if x is None else x.detach().clone() for x in biases)
         return (q, k, v), (b_q, b_k, b_v), None
@@ -227,7 +237,7 @@ def _qk_norms(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage):
     return read_norm(q_norm, row, config, seen), read_norm(k_norm, row, config, seen), kind
 
 
-# MLP ------------------------------------------------------------------------------------------------
+# MLP ----------------------------------------------------------------------------------------------
 
 
 def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) -> MLPReading:
@@ -286,7 +296,7 @@ def read_moe(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
     return MoEReading(spec, router, experts)
 
 
-# The block ------------------------------------------------------------------------------------------
+# The block ----------------------------------------------------------------------------------------
 
 
 def read_block(block: nn.Module, row: Row, config: ConfigReads) -> BlockReading:
@@ -361,5 +371,3 @@ def _opaque(block: nn.Module, place: Any, what: str, reason: str, seen: Coverage
         raise MissingPartError(f"no {what} at {place!r}")
     seen.take_module(module)
     return OpaqueReading(OpaqueSpec(what, reason), module)
-
-

@@ -102,11 +102,9 @@ class Attention(Weights):
             return out if b_O is None else out + b_O
         return from_heads(z, self._parameters["W_O"], self._parameters["b_O"])
 
-    # Project in -------------------------------------------------------------------------------------
+    # Project in -----------------------------------------------------------------------------------
 
-    def _project_in(
-        self, x_q: Tensor, x_k: Tensor, x_v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_in(self, x_q: Tensor, x_k: Tensor, x_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p = self._parameters
         if x_q.ndim == 4:  # a stream for every head
             q = per_head_into_heads(x_q, self.W_Q, p["b_Q"])
@@ -149,7 +147,7 @@ class Attention(Weights):
             k = self.k_norm(k.transpose(1, 2)).transpose(1, 2)
         return q, k, v
 
-    # Attend -----------------------------------------------------------------------------------------
+    # Attend ---------------------------------------------------------------------------------------
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context
@@ -157,9 +155,7 @@ class Attention(Weights):
         scale = self.spec.scale
         if self.spec.scale_query:
             q, scale = q * scale, 1.0
-        if not (
-            self._always_longhand or self.hook_attn_scores.wanted or self.hook_pattern.wanted
-        ):
+        if not (self._always_longhand or self.hook_attn_scores.wanted or self.hook_pattern.wanted):
             return math.fused(q, k, v, ctx.mask, ctx.bias, scale, self.spec.causal)
         allowed = self.allowed(q.shape[2], k.shape[2], ctx, q.device)
         scores = self.hook_attn_scores(self.scores(q, k, scale, allowed, ctx))
@@ -186,7 +182,7 @@ class Attention(Weights):
         scores = math.attention_scores(q, k, scale, bias, self.spec.softcap)
         return math.masked(scores.to(q.dtype), allowed)
 
-    # Project out ------------------------------------------------------------------------------------
+    # Project out ----------------------------------------------------------------------------------
 
     def result(
         self, z: Float[Tensor, "batch pos head d_head"]

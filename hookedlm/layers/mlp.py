@@ -33,9 +33,7 @@ class MLPTensors:
 class MLP(Weights):
     """``act(x W_in + b_in) W_out + b_out``; ``ln`` stands behind the activation in SoLU models."""
 
-    def __init__(
-        self, spec: MLPSpec, tensors: MLPTensors, act: Activation, ln: Norm | None = None
-    ):
+    def __init__(self, spec: MLPSpec, tensors: MLPTensors, act: Activation, ln: Norm | None = None):
         super().__init__()
         self.spec = spec
         self.act_fn = act

@@ -71,7 +71,7 @@ class Norm(Weights):
             return self._after_hook(self.hook_normalized(self.normalized(x, scale)))
         return self.fast(x)
 
-    # Nobody listens: Hugging Face's operations in Hugging Face's order -----------------------------
+    # Nobody listens: Hugging Face's operations in Hugging Face's order ----------------------------
 
     def fast(self, x: Tensor) -> Tensor:
         """The norm in as few operations as its family spends on it."""
@@ -99,7 +99,7 @@ class Norm(Weights):
             x = self.weight * x32.to(dtype)
         return x if b is None else x + b
 
-    # Somebody listens: the same, longhand -----------------------------------------------------------
+    # Somebody listens: the same, longhand ---------------------------------------------------------
 
     @property
     def weight(self) -> Tensor:

@@ -76,9 +76,7 @@ class OpaqueMixer(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], ctx: Context
     ) -> Float[Tensor, "batch pos d_model"]:
-        return self.hook_out(
-            first(self.module(self.hook_in(x), **self._accepts.of(ctx.kwargs)))
-        )
+        return self.hook_out(first(self.module(self.hook_in(x), **self._accepts.of(ctx.kwargs))))
 
 
 class OpaqueNorm(nn.Module):

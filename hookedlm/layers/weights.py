@@ -20,7 +20,9 @@ class Weights(nn.Module):
         super().__init__()
         self._zeros: dict[str, tuple[tuple[int, ...], str]] = {}
 
-    def put(self, name: str, value: Tensor | None, zeros: tuple[int, ...] | None, like: str) -> None:
+    def put(
+        self, name: str, value: Tensor | None, zeros: tuple[int, ...] | None, like: str
+    ) -> None:
         """Register weight ``name``: ``value`` as a Parameter on the same storage, or (None) a bias
         of shape ``zeros`` that exists once somebody asks, beside parameter ``like``."""
         if value is None:
