@@ -45,7 +45,7 @@ EXPERTS = "batch pos expert d_model"
 
 
 def split_axes(axes: str) -> tuple[str, ...]:
-    """The axes of a declaration such as ``"batch pos d_model"``; raises ValueError on an unknown one."""
+    """The axes of a declaration such as ``"batch pos d_model"``; ValueError on an unknown one."""
     names = tuple(axes.split())
     unknown = [name for name in names if name not in AXES]
     if unknown:

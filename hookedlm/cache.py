@@ -64,7 +64,7 @@ class ActivationCache:
             self.model.why_missing(name)
             if name not in self.model.hook_dict
             else (
-                "The model has it, but it was not recorded: look at names_filter, stop_at_layer and "
+                "The model has it, but it was not recorded: see names_filter, stop_at_layer and "
                 "return_type."
             )
         )
@@ -122,10 +122,9 @@ class ActivationCache:
         if not self.has_batch_dim:
             return self
         for name in self.cache_dict.recorded():
-            if self.cache_dict[name].shape[0] != 1:
-                raise InputError(
-                    f"remove_batch_dim needs a batch of one; {name} has {self.cache_dict[name].shape[0]}"
-                )
+            rows = self.cache_dict[name].shape[0]
+            if rows != 1:
+                raise InputError(f"remove_batch_dim needs a batch of one; {name} has {rows}")
         self.cache_dict = self.cache_dict.map(lambda x: x[0])
         self.has_batch_dim = False
         return self
@@ -244,7 +243,7 @@ class ActivationCache:
         """The parts once block ``i`` added its own (and, post-norm, rescaled all there are)."""
         block = self.model.blocks[i]
         if not isinstance(block, AttentionBranch):
-            return parts + [(f"{i}_block_out", self._block_out(i, pos))]
+            return [*parts, (f"{i}_block_out", self._block_out(i, pos))]
         for kind, norm in (("attn", "ln1"), ("mlp", "ln2")):
             name = f"blocks.{i}.hook_{kind}_out"
             if name not in self.model.hook_dict or (kind == "mlp" and only_attention):

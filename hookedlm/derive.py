@@ -54,7 +54,10 @@ class Activations(dict):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The activation, or ``default``."""
-        return self[key] if key in self else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def values(self):
         """All activations, computed."""

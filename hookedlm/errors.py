@@ -1,4 +1,4 @@
-"""Every exception of the library. A message says what was wrong, what was expected and what to do."""
+"""Every exception of the library. Messages say what was wrong, what was expected, what to do."""
 
 
 class HookedLMError(Exception):

@@ -184,7 +184,7 @@ class GenerationMethods:
 
     def _texts(self: HookedTransformer, out: Tensor, mask: Tensor) -> list[str]:
         texts = []
-        for row, real in zip(out, mask):
+        for row, real in zip(out, mask, strict=True):
             ids = row[int((real == 0).sum()) :].tolist()
             bos = self.tokenizer.bos_token_id
             texts.append(self.tokenizer.decode(ids[1:] if ids[:1] == [bos] else ids))

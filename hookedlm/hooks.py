@@ -92,7 +92,7 @@ class HookPoint(nn.Module):
                 return x
             raise NoGradientError(
                 f"a backward hook stands at {self.name!r}, but no gradient will flow through it. "
-                "Run outside torch.no_grad()/inference_mode, with torch.set_grad_enabled(True), and "
+                "Run outside torch.no_grad() and inference_mode, with grad mode on, and "
                 "with parameters that require gradients."
             )
         handles = tuple(self.bwd_hooks)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def why_missing(model: HookedTransformer, name: str) -> str:
-    """A sentence on why ``name`` is absent from this model, or "" when there is no reason to tell."""
+    """A sentence on why ``name`` is absent from this model, or "" if there is none."""
     parts = name.split(".")
     if name == "hook_pos_embed":
         return f"Positions here are {model.cfg.positional_embedding_type}: nothing is added."
@@ -39,7 +39,10 @@ def why_missing(model: HookedTransformer, name: str) -> str:
     if rest == "hook_attn_in":
         return "Its queries are grouped: use hook_q_input, hook_k_input and hook_v_input."
     if rest.startswith("mlp.") and isinstance(block._modules.get("mlp"), MoE):
-        return "Its MLP is a mixture of experts: see hook_router_logits, hook_expert_weights, hook_expert_out."
+        return (
+            "Its MLP is a mixture of experts: see hook_router_logits, hook_expert_weights and "
+            "hook_expert_out."
+        )
     if rest in ("mlp.hook_pre_linear", "mlp.hook_mid"):
         return "Only gated MLPs have hook_pre_linear, only SoLU models hook_mid."
     return ""

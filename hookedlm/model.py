@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Optional, Union
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -31,8 +31,8 @@ Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch pos d_vocab"]
 Loss = Float[Tensor, "..."]
-Input = Union[str, Sequence[str], Tokens, Int[Tensor, "pos"], Stream]
-ReturnType = Optional[Literal["logits", "loss", "both"]]
+Input = str | Sequence[str] | Tokens | Int[Tensor, "pos"] | Stream
+ReturnType = Literal["logits", "loss", "both"] | None
 RETURN_TYPES = ("logits", "loss", "both", None)
 
 
@@ -136,8 +136,8 @@ class HookedTransformer(
         )
         if stop_at_layer is None and return_type is None and past_kv_cache is None:
             stop = self._last_needed()
-        for block, context in zip(self.blocks[start:stop], prepared.contexts[start:stop]):
-            stream = block(stream, context)
+        for layer in range(start, stop):
+            stream = self.blocks[layer](stream, prepared.contexts[layer])
         if stop_at_layer is not None:
             return stream
         return self._leave(stream, tokens, mask, return_type, loss_per_token)
@@ -349,7 +349,7 @@ class HookedTransformer(
         self.cfg.use_attn_result = use_attn_result
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Whether ``hook_{q,k,v}_input`` are part of a full cache; hooking them works either way."""
+        """Whether ``hook_{q,k,v}_input`` are part of a full cache; hooking works either way."""
         self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:

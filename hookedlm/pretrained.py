@@ -175,5 +175,5 @@ class PretrainedMethods:
             )
 
     def remove_layernorm(self: HookedTransformer) -> None:
-        """Take out the norms of a model trained to do without: see `transforms.remove_layernorm`."""
+        """Take out the norms of a model trained to do without (`transforms.remove_layernorm`)."""
         transforms.remove_layernorm(self)

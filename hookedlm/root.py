@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from hookedlm.hooks import (
 from hookedlm.names import nearest
 from hookedlm.slices import Slice, SliceInput
 
-NamesFilter = Union[None, str, Iterable[str], Callable[[str], bool]]
+NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 """None (everything) | a name or glob | several of them | a predicate on names."""
 
 HookSpec = tuple[str | Callable[[str], bool], HookFn]

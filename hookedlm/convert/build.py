@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 from torch import nn
 
@@ -31,8 +31,8 @@ from hookedlm.layers.norm import Norm
 from hookedlm.layers.opaque import OpaqueAttention, OpaqueBlock, OpaqueMixer, OpaqueMLP
 from hookedlm.spec import BlockSpec, OpaqueSpec
 
-UniformBlock = Union[SequentialBlock, AttentionOnlyBlock, ParallelBlock, PostNormBlock, MixerBlock]
-Block = Union[UniformBlock, OpaqueBlock]
+UniformBlock = SequentialBlock | AttentionOnlyBlock | ParallelBlock | PostNormBlock | MixerBlock
+Block = UniformBlock | OpaqueBlock
 
 LAYOUTS: dict[str, Any] = {
     "sequential": SequentialBlock,

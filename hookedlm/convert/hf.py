@@ -100,7 +100,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 def skeleton(model: nn.Module) -> Any:
-    """A copy of the modules that shares every tensor: ours to take apart, the user's stays whole."""
+    """A copy of the modules that shares every tensor: ours to take apart, theirs stays whole."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

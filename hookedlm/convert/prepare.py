@@ -67,7 +67,7 @@ class BlockCall:
 
     def bound(self, call: Call) -> dict[str, Any]:
         """All arguments by name."""
-        return {**dict(zip(self.names, call.args)), **call.kwargs}
+        return {**dict(zip(self.names, call.args, strict=False)), **call.kwargs}
 
     def context(self, call: Call, past: int) -> Context:
         """The uniform layer's view of a call. ``past`` is the number of cached positions."""
@@ -155,7 +155,10 @@ class HFPreparer:
         self._forget_lengths()
         try:
             self.module(**kwargs)
-            contexts = [block.context(call, past) for block, call in zip(self.blocks, self.calls)]
+            contexts = [
+                block.context(call, past)
+                for block, call in zip(self.blocks, self.calls, strict=False)
+            ]
             if len(contexts) != len(self.blocks):
                 raise RuntimeError(
                     f"{type(self.module).__name__} called {len(contexts)} of "

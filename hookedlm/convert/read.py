@@ -1,5 +1,5 @@
 """Read: a row and Hugging Face's block become a spec, tensors and parts; what a row can't account
-for completely becomes opaque. Nothing here is approximate: every parameter is claimed or wrapped."""
+for completely becomes opaque. Nothing is approximate: every parameter is claimed or wrapped."""
 
 from __future__ import annotations
 

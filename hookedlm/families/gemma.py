@@ -1,4 +1,4 @@
-"""Gemma: stored norm weights are one too small, embeddings are scaled; from 2 on, two post-norms."""
+"""Gemma: norm weights are stored less one, embeddings are scaled; from 2 on, two post-norms."""
 
 from hookedlm.families.llama import LLAMA, PER_HEAD_NORMS
 

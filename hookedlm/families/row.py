@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Union
+from typing import Any
 
-Place = Union[None, str, tuple[str, ...]]
+Place = str | tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Choice:
     options: Mapping[Any, Any]
 
 
-Fact = Union[None, bool, float, int, str, Choice]
+Fact = bool | float | int | str | Choice | None
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Parts:
 
 
 class AttentionBranch(nn.Module):
-    """Base of blocks with attention: the stream as each head reads it, normed, attended, returned."""
+    """Base of blocks with attention: the stream as each head reads it, normed and attended."""
 
     def _build_inputs(self, spec: BlockSpec, parts: Parts) -> None:
         self.spec = spec

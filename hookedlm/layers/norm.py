@@ -160,7 +160,9 @@ class Norm(Weights):
         if edited:
             return [self._after_hook(seen).unsqueeze(2).expand_as(copy) for copy in copies]
         scales = [scale.unsqueeze(2) if scale_edited else self.scale_of(c) for c in copies]
-        return [self._after_hook(self.normalized(c, s)) for c, s in zip(copies, scales)]
+        return [
+            self._after_hook(self.normalized(c, s)) for c, s in zip(copies, scales, strict=True)
+        ]
 
     def extra_repr(self) -> str:
         weights = "no weights" if self._parameters["w"] is None else f"+{self.spec.offset:g}"
