@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ from transformers.utils import logging as hf_logging
 
 from hookedlm import __version__, plots
 from hookedlm.convert import hf
-from hookedlm.convert.check import TOLERANCES, Truth, compare, run_truth
+from hookedlm.convert.check import TOLERANCES, Truth, compare, listen_to_all, run_truth
 from hookedlm.convert.prepare import HFPreparer
 from hookedlm.convert.report import Agreement
 from hookedlm.errors import HookedLMError, InputError, LoadError
+from hookedlm.hooks import attached
 from hookedlm.load import load
 from hookedlm.loading import default_device, resolve, to_dtype
 from hookedlm.model import HookedTransformer
@@ -104,19 +106,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-# Loading --------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No advice and no bars from transformers, within the context."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hub_level = hub_logging.get_verbosity()
     hf_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # its retries without a network
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         hf_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             hf_logging.enable_progress_bar()
 
@@ -143,7 +148,7 @@ def _original(name: str, dtype: torch.dtype | None) -> nn.Module:
     return model.to(default_device()).eval()
 
 
-# info -----------------------------------------------------------------------------------------------
+# info ---------------------------------------------------------------------------------------------
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -153,7 +158,7 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# verify ---------------------------------------------------------------------------------------------
+# verify -------------------------------------------------------------------------------------------
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -184,12 +189,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _errors(model: HookedTransformer, truth: Truth, listening: bool) -> list[tuple[str, Agreement]]:
     """How far the stream after each block, and the logits, are from Hugging Face's."""
     streams = [f"blocks.{i}.hook_resid_post" for i in range(len(model.blocks))]
-    logits, cache = model.run_with_cache(
-        truth.tokens,
-        attention_mask=truth.real.long(),
-        names_filter=list(model.hook_dict) if listening else streams,
-        return_cache_object=False,
-    )
+    with attached(listen_to_all(model) if listening else []):
+        logits, cache = model.run_with_cache(
+            truth.tokens, attention_mask=truth.real.long(), names_filter=streams
+        )
     errors = [
         (name.removesuffix(".hook_resid_post"), compare(cache[name], theirs, truth.real))
         for name, theirs in zip(streams, truth.outputs, strict=True)
@@ -197,7 +200,7 @@ def _errors(model: HookedTransformer, truth: Truth, listening: bool) -> list[tup
     return [*errors, ("logits", compare(logits, truth.logits, truth.real))]
 
 
-# demo -----------------------------------------------------------------------------------------------
+# demo ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -221,18 +224,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(f"clean      {CLEAN!r}: logit of {ANSWER!r} less {WRONG!r} {high:+.2f}")
     print(f"corrupted  {CORRUPTED!r}: {low:+.2f}")
     if abs(high - low) < 1e-3:
-        raise InputError(
-            "the model gives the same answer to both prompts: there is nothing to find"
-        )
+        raise InputError("this model answers both prompts alike: there is nothing to find")
     if high < 0 or low > 0:
         print("This model does not solve the task; the table below says little.")
 
     patched = get_act_patch_resid_pre(model, corrupted, cache, logit_difference)
     restored = (patched - low) / (high - low)
-    print(
-        "\nThe clean residual stream put into the corrupted run, before each layer at each token:"
-    )
-    print("0 = answers as corrupted, 1 = answers as clean; [ ] = the largest", end="\n\n")
+    print("\nThe clean residual stream put into the corrupted run, token by token, layer by layer:")
+    print("0 = answers as if corrupted, 1 = answers as if clean; [ ] = the largest", end="\n\n")
     tokens = [str(token) for token in model.to_str_tokens(clean[0])]
     print(table(restored.T, tokens))
     _write_figure(restored, tokens, out)
@@ -244,10 +243,7 @@ def table(values: Float[Tensor, "row column"], labels: Sequence[str]) -> str:
 
     Columns are layers; what does not fit stands below.
     """
-    names = [
-        label if len(label) <= LABEL - 2 else label[: LABEL - 4] + ".."
-        for label in plots.unique_labels(labels)
-    ]
+    names = [_shortened(label) for label in plots.unique_labels(labels)]
     best = divmod(int(values.argmax()), values.shape[1])
     most = (WIDTH - LABEL) // (CELL + 1)
     parts = []
@@ -255,14 +251,18 @@ def table(values: Float[Tensor, "row column"], labels: Sequence[str]) -> str:
         columns = range(start, min(start + most, values.shape[1]))
         lines = [f"{'layer':<{LABEL}}" + "".join(f"{column:>{CELL}} " for column in columns)]
         for row, name in enumerate(names):
-            cells = (f"{float(values[row, c]):.2f}" for c in columns)
-            marked = (
-                f"[{cell}]" if (row, c) == best else f"{cell} "
-                for cell, c in zip(cells, columns, strict=True)
-            )
-            lines.append(f"{name:<{LABEL}}" + "".join(f"{cell:>{CELL + 1}}" for cell in marked))
+            cells = [f"{float(values[row, column]):.2f}" for column in columns]
+            cells = [
+                f"[{cell}]" if (row, column) == best else f"{cell} "
+                for cell, column in zip(cells, columns, strict=True)
+            ]
+            lines.append(f"{name:<{LABEL}}" + "".join(f"{cell:>{CELL + 1}}" for cell in cells))
         parts.append("\n".join(line.rstrip() for line in lines))
     return "\n\n".join(parts)
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) < LABEL - 1 else f"{label[: LABEL - 4]}.."
 
 
 def _write_figure(restored: Float[Tensor, "layer pos"], tokens: Sequence[str], out: Path) -> None:

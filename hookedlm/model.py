@@ -24,7 +24,7 @@ from hookedlm.placing import PlacingMethods
 from hookedlm.pretrained import PretrainedMethods
 from hookedlm.root import HookedRootModule
 from hookedlm.tokens import TokenMethods
-from hookedlm.toy import build_layers
+from hookedlm.toy import build_layers, init_weights
 from hookedlm.weights import WeightMethods
 
 Tokens = Int[Tensor, "batch pos"]
@@ -99,6 +99,10 @@ class HookedTransformer(
         self.unembed: Unembed | None = layers.unembed
         self.hook_logits = HookPoint(LOGITS)
         self.setup()
+
+    def init_weights(self) -> None:
+        """Draw all weights anew as ``cfg.init_mode`` says (under ``cfg.seed`` if there is one)."""
+        init_weights(self, self.cfg)
 
     # The forward pass -----------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def build_layers(cfg: HookedTransformerConfig) -> Layers:
         preparer=ToyPreparer(cfg),
     )
     if cfg.init_weights:
-        init_weights(layers.tree(), cfg)
+        init_weights(layers, cfg)
     return layers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,20 @@ from hookedlm.config import HookedTransformerConfig
 from hookedlm.layers.activations import XIELU
 from hookedlm.layers.norm import Norm
 
+if TYPE_CHECKING:
+    from hookedlm.toy.build import Layers
+
 
 @torch.no_grad()
-def init_weights(layers: nn.Module, cfg: HookedTransformerConfig) -> None:
+def init_weights(layers: Layers | nn.Module, cfg: HookedTransformerConfig) -> None:
     """Draw all weights anew, in place, as ``cfg.init_mode`` says; biases zero, norms one.
 
     With a seed the same weights come out on every device, and no global generator is touched.
     """
     generator = None if cfg.seed is None else torch.Generator().manual_seed(cfg.seed)
+    root = layers if isinstance(layers, nn.Module) else layers.tree()
     W_E = None
-    for module in layers.modules():
+    for module in root.modules():
         if isinstance(module, XIELU):
             module.reset()
         for name, parameter in module.named_parameters(recurse=False):
