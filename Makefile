@@ -22,6 +22,7 @@ test: $(VENV)/.installed-dev  ## run the tests (PYTEST_ARGS="-n 2" by default)
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/.installed-dev  ## mypy
 	$(BIN)/mypy
@@ -32,8 +33,8 @@ notebooks: $(VENV)/.installed-dev  ## execute every notebook, without a network
 docs: $(VENV)/.installed-dev  ## regenerate docs/families.md
 	$(BIN)/python scripts/families_table.py
 
-bench: $(VENV)/.installed-dev  ## measure speed and memory
-	$(BIN)/python scripts/bench.py
+bench: $(VENV)/.installed-dev  ## measure the forward pass beside transformers'
+	$(BIN)/python benchmarks/forward.py
 
 demo-model: $(VENV)/.installed-dev  ## train the model in hookedlm/demo again
 	$(BIN)/python scripts/train_demo.py --out hookedlm/demo
@@ -44,7 +45,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) -e .
+	$(INSTALL) -e ".[plots]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip

@@ -153,7 +153,7 @@ def _original(name: str, dtype: torch.dtype | None) -> nn.Module:
 
 def _info(arguments: argparse.Namespace) -> int:
     model = _loaded(arguments.model)
-    for text in (model.cfg, model.fidelity(), model.hook_points_table()):
+    for text in (model.cfg, model.fidelity(), model.hook_points()):
         print(text, end="\n\n")
     return 0
 
@@ -221,8 +221,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     clean_logits, cache = model.run_with_cache(clean)
     high, low = float(logit_difference(clean_logits)), float(logit_difference(model(corrupted)))
-    print(f"clean      {CLEAN!r}: logit of {ANSWER!r} less {WRONG!r} {high:+.2f}")
-    print(f"corrupted  {CORRUPTED!r}: {low:+.2f}")
+    print(f"Logit of {ANSWER!r} less that of {WRONG!r}, as the next token:")
+    print(f"{high:+8.2f}  clean      {CLEAN!r}")
+    print(f"{low:+8.2f}  corrupted  {CORRUPTED!r}")
     if abs(high - low) < 1e-3:
         raise InputError("this model answers both prompts alike: there is nothing to find")
     if high < 0 or low > 0:
@@ -251,7 +252,7 @@ def table(values: Float[Tensor, "row column"], labels: Sequence[str]) -> str:
         columns = range(start, min(start + most, values.shape[1]))
         lines = [f"{'layer':<{LABEL}}" + "".join(f"{column:>{CELL}} " for column in columns)]
         for row, name in enumerate(names):
-            cells = [f"{float(values[row, column]):.2f}" for column in columns]
+            cells = [f"{round(float(values[row, column]), 2) + 0.0:.2f}" for column in columns]
             cells = [
                 f"[{cell}]" if (row, column) == best else f"{cell} "
                 for cell, column in zip(cells, columns, strict=True)

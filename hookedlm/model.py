@@ -56,7 +56,7 @@ class HookedTransformer(
 
     From a Hugging Face model: `hookedlm.load` (its numbers, nothing folded) or `from_pretrained`
     (TransformerLens' defaults). From a `HookedTransformerConfig`: a model to train from scratch.
-    Hook points, names and shapes: ``model.hook_points_table()``, or docs/hooks.md.
+    Hook points, names and shapes: ``print(model.hook_points())``, or docs/hooks.md.
     """
 
     def __init__(
@@ -377,17 +377,3 @@ class HookedTransformer(
         if self.conversion is None:
             raise InputError("this model was built from a config: there is no original to compare")
         return self.conversion
-
-    def hook_points_table(self) -> str:
-        """All hook points with their axes, one line per name (``L`` stands for a layer)."""
-        lines: dict[str, list[str]] = {}
-        for name, point in self.hook_dict.items():
-            parts = name.split(".")
-            key = ".".join(["blocks", "L", *parts[2:]]) if parts[0] == "blocks" else name
-            layers = lines.setdefault(f"{key:<34}{point.extra_repr()}", [])
-            layers.append(parts[1] if parts[0] == "blocks" else "")
-        n = len(self.blocks)
-        return "\n".join(
-            line + ("" if len(layers) in (1, n) else f"  (layers {', '.join(layers)})")
-            for line, layers in lines.items()
-        )

@@ -73,6 +73,25 @@ class Recorder:
         self.store[f"{hook.name}{self.suffix}"] = compact(x) if self.compacts else x
 
 
+class HookPoints(list[HookPoint]):
+    """A list of hook points that prints as a table: names, ``L`` for a layer, and axes."""
+
+    def __repr__(self) -> str:
+        lines: dict[str, list[str]] = {}
+        for point in self:
+            parts = (point.name or "").split(".")
+            in_block = len(parts) > 2 and parts[1].isdigit()
+            name = ".".join([parts[0], "L", *parts[2:]]) if in_block else point.name
+            lines.setdefault(f"{name:<34} {point.extra_repr()}", []).append(
+                parts[1] if in_block else ""
+            )
+        n_layers = max((len(layers) for layers in lines.values()), default=0)
+        return "\n".join(
+            line + ("" if len(layers) in (1, n_layers) else f" (layers {', '.join(layers)})")
+            for line, layers in lines.items()
+        )
+
+
 class HookedRootModule(nn.Module):
     """Base of everything with hook points. Call `setup` at the end of ``__init__``."""
 
@@ -102,9 +121,9 @@ class HookedRootModule(nn.Module):
                 module.run_state = self.run_state
                 self.hook_dict[name] = module
 
-    def hook_points(self) -> Iterable[HookPoint]:
-        """All hook points of this module."""
-        return self.hook_dict.values()
+    def hook_points(self) -> HookPoints:
+        """All hook points of this module, in firing order; print them for names and axes."""
+        return HookPoints(self.hook_dict.values())
 
     # Which points ---------------------------------------------------------------------------------
 

@@ -575,8 +575,15 @@ def story_document(rng: random.Random) -> str:
     # The held-out names are few and have no other sentences: they get more than their share.
     name = rng.choice(HELD_OUT_NAMES if rng.random() < 0.4 else NAMES)
     noun, place = rng.choice(OBJECTS), rng.choice(PLACES)
-    chosen = [rng.choice(STORY_OPENINGS), *rng.sample(STORY_SENTENCES, rng.randint(1, 7))]
-    return " ".join(_fill(sentence, rng, name=name, noun=noun, place=place) for sentence in chosen)
+    # A name that begins a text is another token, without the space. That the two are one name can
+    # be learned for the held-out names from these texts only, so most texts begin with the name.
+    name_first = [s for s in STORY_OPENINGS + STORY_SENTENCES if s.startswith("{name} ")]
+    opening = rng.choice(name_first if rng.random() < 0.6 else STORY_OPENINGS)
+    others = [sentence for sentence in STORY_SENTENCES if sentence != opening]
+    chosen = [opening, *rng.sample(others, rng.randint(1, 6))]
+    story = " ".join(_fill(sentence, rng, name=name, noun=noun, place=place) for sentence in chosen)
+    first = story.index(name) + len(name)
+    return story[:first] + story[first:].replace(f" {name}", f"[ {name}]")
 
 
 def _fill(

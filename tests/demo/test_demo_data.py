@@ -113,7 +113,7 @@ def test_task_words_are_single_tokens(tokenizer):
 
 @pytest.mark.parametrize("bos", [True, False], ids=["with BOS", "without BOS"])
 def test_held_out_accuracies_reach_their_bars(model, tokenizer, bos):
-    figures = train_demo.accuracies(model, tokenizer, 300, SEED, bos)
+    figures = train_demo.accuracies(model, tokenizer, 200, SEED, bos)
     assert train_demo.misses(figures) == []
 
 
