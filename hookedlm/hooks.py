@@ -87,7 +87,7 @@ class HookPoint(nn.Module):
         return self._watch_gradient(x) if self.bwd_hooks else x
 
     def _watch_gradient(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
+        if not (x.requires_grad and torch.is_grad_enabled()):
             if all(handle.observes for handle in self.bwd_hooks):
                 return x
             raise NoGradientError(

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from hookedlm.axes import LOGITS, STREAM
 from hookedlm.caching import CachingMethods
@@ -133,7 +134,7 @@ class HookedTransformer(
         tokens, mask, stream = self._read_input(
             input, prepend_bos, padding_side, start_at_layer, tokens, attention_mask
         )
-        past = 0 if past_kv_cache is None else int(past_kv_cache.get_seq_length())
+        past = _cached_positions(past_kv_cache)
         self.run_state.pos_offset = past
         stream, prepared = self._enter(
             tokens, stream, mask, past, past_kv_cache, shortformer_pos_embed
@@ -144,7 +145,9 @@ class HookedTransformer(
             stream = self.blocks[layer](stream, prepared.contexts[layer])
         if stop_at_layer is not None:
             return stream
-        return self._leave(stream, tokens, mask, return_type, loss_per_token)
+        # Text and masks say what is real; of bare tokens the loss infers it from the tokenizer.
+        known = attention_mask is not None or not isinstance(input, Tensor)
+        return self._leave(stream, tokens, mask, known, return_type, loss_per_token)
 
     def _check(
         self, return_type: ReturnType, start: int | None, stop: int | None
@@ -172,23 +175,35 @@ class HookedTransformer(
             if start_at_layer is not None:
                 raise InputError("start_at_layer wants the residual stream as input, not text")
             tokens, known = self.to_tokens_and_mask(input, prepend_bos, padding_side)
-            mask = known if attention_mask is None else attention_mask
+            mask = known if attention_mask is None else _of_batch(attention_mask, len(known))
             return tokens.to(self.device), self._unless_full(mask), None
         if not isinstance(input, Tensor):
             raise InputError(f"input is {type(input).__name__}: expected text, tokens or a stream")
         if start_at_layer is not None or input.is_floating_point():
             self._check_stream(input, start_at_layer)
-            return tokens, self._unless_full(attention_mask), input
+            return tokens, self._unless_full(_of_batch(attention_mask, input.shape[0])), input
         if input.ndim not in (1, 2) or input.dtype not in (torch.long, torch.int, torch.int16):
             raise InputError(
                 f"input of shape {tuple(input.shape)} and dtype {input.dtype}: tokens are integers "
                 "[batch, pos] or [pos]"
             )
         given = input if input.ndim == 2 else input[None]
-        given = given.to(self.device)
+        self._check_ids(given)
+        given = given.to(self.device, torch.long)
         if attention_mask is None and self._pads_left(padding_side) and given.shape[0] > 1:
             attention_mask = self.padding_mask(given, "left")
-        return given, self._unless_full(attention_mask), None
+        return given, self._unless_full(_of_batch(attention_mask, given.shape[0])), None
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        if tokens.shape[1] == 0:
+            raise InputError(f"input of shape {tuple(tokens.shape)} has no positions")
+        if tokens.device.type != "cpu":  # looking would make the CPU wait for the device
+            return
+        low, high = tokens.aminmax()
+        if low < 0 or high >= self.cfg.d_vocab:
+            raise InputError(
+                f"token ids must be from 0 to {self.cfg.d_vocab - 1}, got {int(low)} to {int(high)}"
+            )
 
     def _check_stream(self, stream: Tensor, start_at_layer: int | None) -> None:
         if start_at_layer is None:
@@ -228,14 +243,21 @@ class HookedTransformer(
         pos_embed = shortformer_pos_embed
         if stream is None and self.embed is not None:
             stream, pos_embed = self._embedded(given, positions, past)
-        prepared = self.driver.prepare(
-            stream=stream,
-            tokens=tokens,
-            mask=mask,
-            position_ids=positions,
-            cache=cache,
-            pos_embed=pos_embed,
-        )
+        try:
+            prepared = self.driver.prepare(
+                stream=stream,
+                tokens=tokens,
+                mask=mask,
+                position_ids=positions,
+                cache=cache,
+                pos_embed=pos_embed,
+            )
+        except IndexError as error:  # a table of rotations that ends (GPT-J)
+            if past + n_new <= self.cfg.n_ctx:
+                raise
+            raise InputError(
+                f"{past + n_new} positions, but this model knows {self.cfg.n_ctx} (cfg.n_ctx)"
+            ) from error
         if stream is None:  # only Hugging Face's own code knows how to embed
             stream = self.hook_embed(prepared.stream)
         return stream, prepared
@@ -273,6 +295,7 @@ class HookedTransformer(
         stream: Stream,
         tokens: Tokens | None,
         mask: Tensor | None,
+        mask_known: bool,
         return_type: ReturnType,
         loss_per_token: bool,
     ) -> Any:
@@ -287,7 +310,9 @@ class HookedTransformer(
             return logits
         if tokens is None:
             raise InputError("the loss needs tokens: pass tokens= beside the residual stream")
-        real = None if mask is None else mask[:, -tokens.shape[1] :]
+        real = torch.ones_like(tokens) if mask_known else None
+        if mask is not None:
+            real = mask[:, -tokens.shape[1] :]
         loss = self.loss_fn(logits, tokens, real, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
@@ -377,3 +402,29 @@ class HookedTransformer(
         if self.conversion is None:
             raise InputError("this model was built from a config: there is no original to compare")
         return self.conversion
+
+
+def _of_batch(mask: Tensor | None, n_rows: int) -> Tensor | None:
+    """A mask ``[batch, pos]``, or ``[pos]`` for a single row; raises InputError on others."""
+    if mask is None:
+        return None
+    if mask.ndim == 1 and n_rows == 1:
+        mask = mask[None]
+    if mask.ndim != 2 or mask.shape[0] != n_rows:
+        raise InputError(
+            f"attention_mask of shape {tuple(mask.shape)}: expected [{n_rows}, pos], 1 at real "
+            "tokens and 0 at padding"
+        )
+    return mask
+
+
+def _cached_positions(cache: Any) -> int:
+    """How many positions a key-value cache holds already."""
+    if cache is None:
+        return 0
+    if not isinstance(cache, Cache):
+        raise InputError(
+            f"past_kv_cache is {type(cache).__name__}: expected a transformers Cache, for instance "
+            "DynamicCache()"
+        )
+    return int(cache.get_seq_length())

@@ -279,7 +279,7 @@ class HookedRootModule(nn.Module):
         model ran raises HookNeverFiredError.
         """
         requests = [*self._requests(fwd_hooks, "fwd"), *self._requests(bwd_hooks, "bwd")]
-        named = {where for where, _ in (*fwd_hooks, *bwd_hooks) if isinstance(where, str)}
+        named = {name for where, _ in (*fwd_hooks, *bwd_hooks) for name in names_given(where)}
         with self.listening(requests, named, reset_hooks_end, clear_contexts):
             yield self
 
@@ -301,7 +301,7 @@ class HookedRootModule(nn.Module):
                     self._check_fired(handles, named)
             if not reset_hooks_end:
                 for request in requests:
-                    request.point.add_hook(request.fn, request.direction)
+                    request.point.add_hook(request.fn, request.direction, observes=request.observes)
         finally:
             self.context_level -= 1
             if clear_contexts:

@@ -38,7 +38,8 @@ class Truth:
     position_ids: Int[Tensor, "batch pos"]
     calls: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
-    returned_tuple: bool = False
+    returned: int = 0
+    """Length of the tuple a block returns; 0 when it returns the stream itself."""
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -63,7 +64,7 @@ def run_truth(model: nn.Module, blocks: Sequence[nn.Module], d_vocab: int) -> Tr
         truth.calls.append(Call(hidden, tuple(rest), kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        truth.returned_tuple = isinstance(output, tuple)
+        truth.returned = len(output) if isinstance(output, (tuple, list)) else 0
         truth.outputs.append(first(output))
 
     accepts = inspect.signature(model.forward).parameters

@@ -26,7 +26,7 @@ from hookedlm.convert.read import (
 )
 from hookedlm.convert.report import Agreement, Fidelity, PartReport
 from hookedlm.convert.tail import OpaqueTail
-from hookedlm.errors import ConversionError
+from hookedlm.errors import ConversionError, HookedLMError
 from hookedlm.families import FAMILIES, GUESSES, Row
 from hookedlm.layers.embed import Embed, PosEmbed, Unembed
 from hookedlm.layers.norm import Norm
@@ -57,6 +57,18 @@ def convert(model: nn.Module, strict: bool = False) -> Conversion:
     Raises ConversionError when the model can't be run block by block, or when ``strict`` and a part
     had to be wrapped. ``model`` itself is neither changed nor kept.
     """
+    try:
+        return _converted(model, strict)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, HookedLMError):
+            raise
+        raise ConversionError(
+            f"{type(model).__name__} could not be run block by block: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _converted(model: nn.Module, strict: bool) -> Conversion:
     own = hf.skeleton(model).eval()
     config = ConfigReads(own.config)
     row, family = _row_of(own)
@@ -66,6 +78,11 @@ def convert(model: nn.Module, strict: bool = False) -> Conversion:
         raise ConversionError(
             f"{type(model).__name__} runs its {len(layers)} blocks {len(truth.calls)} times in one "
             "pass; a model that loops over its blocks has no uniform form yet."
+        )
+    if truth.calls[0].hidden.ndim != 3:
+        raise ConversionError(
+            f"{type(model).__name__} keeps several streams {tuple(truth.calls[0].hidden.shape)}; "
+            "only one residual stream [batch, pos, d_model] has a uniform form yet."
         )
     fidelity = Fidelity(
         own.config.model_type, type(model).__name__, str(truth.logits.dtype)[6:], family
@@ -134,6 +151,11 @@ def _matched_row(model: Any) -> Row:
     parent = blocks.rsplit(".", 1)[0] if "." in blocks else ""
     names = {id(module): name for name, module in model.named_modules()}
     children = list(hf.at(model, parent).named_children() if parent else model.named_children())
+    base = parent
+    while (
+        "." in base and "input_ids" not in inspect.signature(hf.at(model, base).forward).parameters
+    ):
+        base = base.rsplit(".", 1)[0]
     after = children[[name for name, _ in children].index(blocks.rsplit(".", 1)[-1]) + 1 :]
     norms = [
         name for name, child in after if re.search(r"norm|ln", name) and not list(child.children())
@@ -143,7 +165,7 @@ def _matched_row(model: Any) -> Row:
     if embed is None or head is None or not parent:
         raise ConversionError(f"{type(model).__name__} does not tell its embedding or its head")
     return Row(
-        base=parent,
+        base=base,
         blocks=blocks,
         embed=embed,
         unembed=head,
@@ -306,7 +328,7 @@ def _preparer(
 ) -> HFPreparer:
     """Recorders in the blocks' places; what the tail does itself is taken out of the base."""
     calls: list[Call] = []
-    recorders = [CallRecorder(layer, calls, truth.returned_tuple) for layer in layers]
+    recorders = [CallRecorder(layer, calls, truth.returned) for layer in layers]
     hf.replace_at(own, row.blocks, nn.ModuleList(recorders))
     return HFPreparer(hf.at(own, row.base), row, calls, block_calls)
 

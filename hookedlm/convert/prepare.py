@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from hookedlm.convert import hf
 from hookedlm.families.row import Row
@@ -30,20 +31,23 @@ class Call:
 
 
 class CallRecorder(nn.Module):
-    """Stands in a block's place, writes down how it is called and passes the stream on."""
+    """Stands in a block's place, writes down how it is called and passes the stream on.
 
-    def __init__(self, block: nn.Module, calls: list[Call], returns_tuple: bool):
+    ``returns``: the length of the tuple the block returns, 0 if it returns the stream itself.
+    """
+
+    def __init__(self, block: nn.Module, calls: list[Call], returns: int):
         super().__init__()
         plain = {n: v for n, v in vars(block).items() if not n.startswith("_") and _harmless(v)}
         self.__dict__.update(plain)  # loops ask their blocks things like `attention_type`
         self.calls = calls
-        self.returns_tuple = returns_tuple
+        self.returns = returns
         self.substitute: Tensor | None = None
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(Call(hidden, args, kwargs))
         hidden = hidden if self.substitute is None else self.substitute
-        return (hidden, None) if self.returns_tuple else hidden
+        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
 
 
 def _harmless(value: Any) -> bool:
@@ -69,9 +73,12 @@ class BlockCall:
         """All arguments by name."""
         return {**dict(zip(self.names, call.args, strict=False)), **call.kwargs}
 
-    def context(self, call: Call, past: int) -> Context:
-        """The uniform layer's view of a call. ``past`` is the number of cached positions."""
+    def context(self, call: Call, past: int, cached: bool = False) -> Context:
+        """The uniform layer's view of a call. ``past`` is the number of cached positions; a cache
+        that nobody gave (some families make one unasked) is not kept between runs."""
         values = self.bound(call)
+        if not cached:
+            values = {n: None if isinstance(v, Cache) else v for n, v in values.items()}
         n_query = call.hidden.shape[1]
         mask = self._mask(values.get("attention_mask"), n_query, past)
         return Context(
@@ -156,7 +163,7 @@ class HFPreparer:
         try:
             self.module(**kwargs)
             contexts = [
-                block.context(call, past)
+                block.context(call, past, cache is not None)
                 for block, call in zip(self.blocks, self.calls, strict=False)
             ]
             if len(contexts) != len(self.blocks):
