@@ -110,7 +110,8 @@ class GenerationMethods:
         if options["do_sample"]:
             options["top_k"] = top_k if top_k is not None else 0
         if freq_penalty:
-            options["logits_processor"] = [FrequencyPenalty(freq_penalty)]
+            given = generation_kwargs.pop("logits_processor", None) or []
+            options["logits_processor"] = [FrequencyPenalty(freq_penalty), *given]
         out = self._generator().generate(
             input_ids=tokens,
             attention_mask=mask,

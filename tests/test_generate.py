@@ -170,15 +170,17 @@ def test_frequency_penalty(model: HookedTransformer):
 
 
 def test_users_own_processors_come_on_top(model: HookedTransformer):
-    def never_seven(input_ids, scores):
+    def seven_or_eight(input_ids, scores):
         scores = scores.clone()
-        scores[:, :7] = scores[:, 8:] = -torch.inf  # only seven
+        scores[:, :7] = scores[:, 9:] = -torch.inf
         return scores
 
-    out = model.generate(
-        some_tokens(), max_new_tokens=3, freq_penalty=1.0, logits_processor=[never_seven]
-    )
-    assert (out[:, 6:] == 7).all()
+    options = {"max_new_tokens": 8, "do_sample": False, "logits_processor": [seven_or_eight]}
+    out = model.generate(some_tokens(), **options)
+    assert all(set(row.tolist()) <= {7, 8} for row in out[:, 6:])
+    assert len(set(out[0, 6:].tolist())) == 1
+    out = model.generate(some_tokens(), freq_penalty=50.0, **options)  # now they take turns
+    assert all(set(row.tolist()) == {7, 8} for row in out[:, 6:])
 
 
 # --- Stopping ------------------------------------------------------------------------------------
@@ -190,7 +192,7 @@ def always(token: int, after: int) -> tuple[str, object]:
     def hook(logits, hook):
         logits = torch.full_like(logits, -10.0)
         logits[..., 9] = 0.0
-        if hook.pos_offset + logits.shape[1] > after:
+        if hook.pos_offset + logits.shape[1] >= after:
             logits[0, :, token] = 10.0
         return logits
 
@@ -293,7 +295,7 @@ def test_refused(model: HookedTransformer):
     right = torch.tensor([[4, 5, 6], [4, 0, 0]])
     with pytest.raises(InputError, match="left"):
         model.generate(right, attention_mask=(right != 0).long())
-    with pytest.raises(TypeError, match="max_tokens|model_kwargs"):
+    with pytest.raises(ValueError, match="max_tokens"):
         model.generate(tokens, max_tokens=3)
     with pytest.raises(InputError, match="at least one token"):
         model.generate("", prepend_bos=False)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from hookedlm.convert import hf
 from hookedlm.convert.build import Block, build_read_block
 from hookedlm.convert.check import Truth, check_block, compare, run_truth, within
+from hookedlm.convert.config_keys import unread
+from hookedlm.convert.guess import row_of
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
 from hookedlm.convert.prepare import BlockCall, Call, CallRecorder, HFPreparer
 from hookedlm.convert.read import (
@@ -27,7 +26,7 @@ from hookedlm.convert.read import (
 from hookedlm.convert.report import Agreement, Fidelity, PartReport
 from hookedlm.convert.tail import OpaqueTail
 from hookedlm.errors import ConversionError, HookedLMError
-from hookedlm.families import FAMILIES, GUESSES, Row
+from hookedlm.families import Row
 from hookedlm.layers.embed import Embed, PosEmbed, Unembed
 from hookedlm.layers.norm import Norm
 from hookedlm.layers.opaque import OpaqueBlock, OpaqueNorm
@@ -39,7 +38,7 @@ class Conversion:
     """The layers of a converted model, and everything needed to run them."""
 
     own: Any
-    """Our copy of Hugging Face's modules: embeddings, positions, masks and opaque parts live here."""
+    """Our copy of Hugging Face's modules: positions, masks and opaque parts live here."""
     row: Row
     embed: Embed | None
     pos_embed: PosEmbed | None
@@ -71,7 +70,7 @@ def convert(model: nn.Module, strict: bool = False) -> Conversion:
 def _converted(model: nn.Module, strict: bool) -> Conversion:
     own = hf.skeleton(model).eval()
     config = ConfigReads(own.config)
-    row, family = _row_of(own)
+    row, family = row_of(own)
     layers = list(hf.at(own, row.blocks))
     truth = run_truth(own, layers, own.get_input_embeddings().weight.shape[0])
     if len(truth.calls) != len(layers):
@@ -103,78 +102,10 @@ def _converted(model: nn.Module, strict: bool) -> Conversion:
         fidelity,
     )
     _check_logits(conversion, truth, config)
-    fidelity.unread = _unread(config)
+    fidelity.unread = unread(config)
     if strict:
         fidelity.demand_uniform()
     return conversion
-
-
-# Which row ----------------------------------------------------------------------------------------
-
-
-def _row_of(model: Any) -> tuple[Row, str]:
-    model_type = getattr(model.config, "model_type", "")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type], model_type
-    for row, name in zip(GUESSES, ("llama", "gpt2")):
-        if all(hf.find(model, place) is not None for place in (row.base, row.blocks, row.embed)):
-            return row, f"{name} (a guess: {model_type!r} has no row)"
-    return _matched_row(
-        model
-    ), f"nothing known (matched by module names: {model_type!r} has no row)"
-
-
-def guess_blocks(model: nn.Module) -> str:
-    """The path of the list of blocks: the shortest ``*.<number>`` pattern whose modules contain a
-    token mixer, occurring at least as often as any other. Raises ConversionError if none does."""
-    words = re.compile(r"attn|attention|mixer|mamba|mlp|ffn|feed_forward|moe", re.I)
-    found: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        parts = name.rsplit(".", 1)
-        if (
-            len(parts) == 2
-            and parts[1].isdigit()
-            and any(words.search(child) for child, _ in module.named_modules())
-        ):
-            found[parts[0]] += 1
-    outermost = {p: n for p, n in found.items() if not any(p.startswith(q + ".") for q in found)}
-    if not outermost:
-        raise ConversionError(
-            f"{type(model).__name__} has no numbered list of blocks with attention or a mixer in "
-            "them; hookedlm can't tell where its residual stream runs."
-        )
-    return max(outermost, key=lambda path: (outermost[path], -len(path)))
-
-
-def _matched_row(model: Any) -> Row:
-    blocks = guess_blocks(model)
-    parent = blocks.rsplit(".", 1)[0] if "." in blocks else ""
-    names = {id(module): name for name, module in model.named_modules()}
-    children = list(hf.at(model, parent).named_children() if parent else model.named_children())
-    base = parent
-    while (
-        "." in base and "input_ids" not in inspect.signature(hf.at(model, base).forward).parameters
-    ):
-        base = base.rsplit(".", 1)[0]
-    after = children[[name for name, _ in children].index(blocks.rsplit(".", 1)[-1]) + 1 :]
-    norms = [
-        name for name, child in after if re.search(r"norm|ln", name) and not list(child.children())
-    ]
-    embed = names.get(id(model.get_input_embeddings()))
-    head = names.get(id(model.get_output_embeddings()))
-    if embed is None or head is None or not parent:
-        raise ConversionError(f"{type(model).__name__} does not tell its embedding or its head")
-    return Row(
-        base=base,
-        blocks=blocks,
-        embed=embed,
-        unembed=head,
-        attn=None,
-        mlp=None,
-        ln1=None,
-        ln2=None,
-        ln_final=f"{parent}.{norms[0]}" if norms else None,
-    )
 
 
 # The parts ----------------------------------------------------------------------------------------
@@ -336,7 +267,7 @@ def _preparer(
 def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> None:
     """The last stream read out our way; if that is not Hugging Face's way, theirs is kept."""
     stream, dtype = truth.outputs[-1], truth.logits.dtype
-    own, row, fidelity = conversion.own, conversion.row, conversion.fidelity
+    own, fidelity = conversion.own, conversion.fidelity
     reason = "the head is no plain matrix"
     if conversion.unembed is not None:
         with torch.no_grad():
@@ -379,142 +310,3 @@ def _strip(conversion: Conversion) -> None:
         for place in (places,) if isinstance(places, str) else places or ():
             if hf.find(own, place) is not None:
                 hf.replace_at(own, place, stand_in)
-
-
-INERT = {
-    "vocab_size",
-    "hidden_size",
-    "n_embd",
-    "d_model",
-    "intermediate_size",
-    "ffn_dim",
-    "n_inner",
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "num_heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "head_dim",
-    "n_positions",
-    "n_ctx",
-    "max_position_embeddings",
-    "max_seq_len",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "model_type",
-    "transformers_version",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "use_cache",
-    "initializer_range",
-    "tie_word_embeddings",
-    "attention_dropout",
-    "hidden_dropout",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "resid_dropout",
-    "embed_dropout",
-    "dropout",
-    "activation_dropout",
-    "layerdrop",
-    "residual_dropout",
-    "embedding_dropout",
-    "_name_or_path",
-    "name_or_path",
-    "task_specific_params",
-    "return_dict",
-    "output_router_logits",
-    "router_aux_loss_coef",
-    "router_jitter_noise",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_proj_to_labels",
-    "summary_type",
-    "summary_use_proj",
-    "pretraining_tp",
-    "word_embed_proj_dim",
-    "id2label",
-    "label2id",
-}
-"""Config keys that say sizes (read from the tensors), names, or what matters only in training."""
-
-FROM_MODULES = {
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "norm_epsilon",
-    "norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "partial_rotary_factor",
-    "layer_types",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "attention_layers",
-    "attention_types",
-    "window_size",
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-    "activation",
-    "attention_bias",
-    "mlp_bias",
-    "bias",
-    "use_bias",
-    "enable_bias",
-    "use_qkv_bias",
-    "query_pre_attn_scalar",
-    "attention_multiplier",
-    "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx",
-    "qk_layernorm",
-    "use_qk_norm",
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "mlp_only_layers",
-    "decoder_sparse_step",
-    "residual_multiplier",
-    "rotary_dim",
-    "attn_config",
-    "num_ln_in_parallel_attn",
-    "layer_norm_elementwise_affine",
-    "swiglu_limit",
-    "swiglu_alpha",
-    "ffn_hidden_size",
-    "multi_query",
-    "sliding_window_pattern",
-    "_remove_final_layer_norm",
-    "original_max_position_embeddings",
-}
-"""Config keys whose effect is read off the modules that were built with them."""
-
-
-def _unread(config: ConfigReads) -> tuple[str, ...]:
-    """Keys away from their class's default that no row read and that are not inert."""
-    default = _defaults(config.config)
-    known = config.read | INERT | FROM_MODULES
-    changed = {key for key, value in config.config.to_dict().items() if default.get(key) != value}
-    return tuple(sorted(key for key in changed - known if not key.startswith("_")))
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    """What the config's class says when nothing is given, without its advice about such a model."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        return type(config)().to_dict()
-    finally:
-        logging.set_verbosity(verbosity)
