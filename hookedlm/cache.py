@@ -19,6 +19,7 @@ from hookedlm.errors import CacheKeyError, InputError
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.block import AttentionBranch, PostNormBlock
 from hookedlm.layers.norm import Norm
+from hookedlm.layers.opaque import OpaqueNorm
 from hookedlm.names import get_act_name, nearest
 from hookedlm.slices import Slice, SliceInput
 
@@ -89,8 +90,11 @@ class ActivationCache:
     def __len__(self) -> int:
         return len(self.cache_dict)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.cache_dict
+    def __contains__(self, key: Any) -> bool:
+        try:
+            return self.name_of(key) in self.cache_dict
+        except KeyError:  # no way to write a name
+            return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.cache_dict)
@@ -147,8 +151,16 @@ class ActivationCache:
         layer = self._layer(layer)
         if layer == self.model.cfg.n_layers:
             return self._stream(f"blocks.{layer - 1}.hook_resid_post", pos), layer
-        point = "hook_resid_mid" if mlp_input else "hook_resid_pre"
+        point = "hook_resid_mid" if mlp_input and self._has_mid(layer) else "hook_resid_pre"
         return self._stream(f"blocks.{layer}.{point}", pos), layer
+
+    def _has_mid(self, layer: int) -> bool:
+        """Whether the MLP of ``layer`` reads another stream than its attention."""
+        if layer == self.model.cfg.n_layers:
+            return False
+        if f"blocks.{layer}.hook_mlp_out" not in self.model.hook_dict:
+            raise InputError(f"mlp_input=True: layer {layer} has no MLP")
+        return f"blocks.{layer}.hook_resid_mid" in self.model.hook_dict
 
     def _layer(self, layer: int | None) -> int:
         n = self.model.cfg.n_layers
@@ -185,7 +197,7 @@ class ActivationCache:
             names.append(("final_post", f"blocks.{end - 1}.hook_resid_post"))
         else:
             names.append((f"{end}_pre", f"blocks.{end}.hook_resid_pre"))
-            if mlp_input:
+            if mlp_input and self._has_mid(end):
                 names.append((f"{end}_mid", f"blocks.{end}.hook_resid_mid"))
         stack = torch.stack([self._stream(name, pos) for _, name in names])
         if apply_ln:
@@ -216,9 +228,9 @@ class ActivationCache:
             parts += [
                 (name, self._stream(f"hook_{name}", pos))
                 for name in ("embed", "pos_embed")
-                if f"hook_{name}" in self.cache_dict and not self._apart_from_stream(name)
+                if f"hook_{name}" in self.model.hook_dict and not self._apart_from_stream(name)
             ]
-        for i in range(end + 1 if mlp_input and end < self.model.cfg.n_layers else end):
+        for i in range(end + 1 if mlp_input and self._has_mid(end) else end):
             parts = self._after_block(i, parts, pos, mode, only_attention=i == end)
         if not parts:
             resid, _ = self._resid(layer, mlp_input, pos)
@@ -330,10 +342,12 @@ class ActivationCache:
     def _head_outs(self, i: int, block: AttentionBranch, pos: Slice) -> Tensor:
         """``[head, batch?, pos?, d_model]``: each head's part of ``hook_attn_out``."""
         name = f"blocks.{i}"
-        z = pos.apply(self[f"{name}.attn.hook_z"], dim=-3)
         with torch.no_grad():
-            W_O = block.attn.W_O.to(z.device)
-            heads = torch.einsum("...he,hed->h...d", z, W_O)
+            if f"{name}.attn.hook_result" in self.cache_dict:  # may have been edited
+                heads = pos.apply(self[f"{name}.attn.hook_result"], dim=-3).movedim(-2, 0)
+            else:
+                z = pos.apply(self[f"{name}.attn.hook_z"], dim=-3)
+                heads = torch.einsum("...he,hed->h...d", z, block.attn.W_O.to(z.device))
             if isinstance(block.ln1_post, Norm):
                 heads = block.ln1_post.linearised(heads, self._scale(f"{name}.ln1_post", pos))
             return heads * block.spec.residual_scale
@@ -346,6 +360,9 @@ class ActivationCache:
     ) -> Float[Tensor, "layer ..."]:
         """One activation of all layers below ``layer``, stacked along a new first axis."""
         end = self._layer(layer)
+        if end == 0:
+            first = self[(activation_name, 0, sublayer_type)]
+            return first.new_zeros((0, *first.shape))
         return torch.stack([self[(activation_name, i, sublayer_type)] for i in range(end)])
 
     # Norms and logits -----------------------------------------------------------------------------
@@ -374,7 +391,9 @@ class ActivationCache:
             else (f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}")
         )
         norm = self.model.mod_dict.get(name)
-        if norm is None or not isinstance(norm, Norm):
+        if isinstance(norm, OpaqueNorm):
+            raise InputError(f"{name} runs as Hugging Face wrote it: it is not known to be linear")
+        if not isinstance(norm, Norm) or self._norms_the_stream_itself(layer):
             return residual_stack  # nothing reads the stream through a norm here
         with torch.no_grad():
             if recompute_ln:
@@ -383,7 +402,22 @@ class ActivationCache:
             if self.has_batch_dim:
                 scale = Slice(batch_slice).apply(scale, dim=0)
             scale = Slice(pos_slice).apply(scale, dim=-2)
+            self._check_rows(residual_stack, scale)
             return norm.linearised(residual_stack, scale.to(residual_stack.device))
+
+    def _check_rows(self, stack: Tensor, scale: Tensor) -> None:
+        """The stack must hold the rows and positions the scale is of."""
+        got, expected = tuple(stack.shape[-scale.ndim : -1]), tuple(scale.shape[:-1])
+        if stack.ndim < scale.ndim or any(e not in (1, g) for g, e in zip(got, expected)):
+            raise InputError(
+                f"a stack of shape {tuple(stack.shape)} holds other rows or positions than the "
+                f"cached scale {tuple(scale.shape)}: say with pos_slice and batch_slice which"
+            )
+
+    def _norms_the_stream_itself(self, layer: int) -> bool:
+        return layer < self.model.cfg.n_layers and isinstance(
+            self.model.blocks[layer], PostNormBlock
+        )
 
     def logit_attrs(
         self,
@@ -397,8 +431,9 @@ class ActivationCache:
         """How much each part adds to the logit of ``tokens`` (minus that of ``incorrect_tokens``).
 
         The final norm is applied with its cached scale and its weight. Over a complete stack the
-        parts sum to the logit before any softcap, less the constant ``ln_final.b @ W_U + b_U``
-        (`logit_bias`). Tokens: a string, an id, ``[batch]`` or ``[batch, pos]``.
+        parts sum to the logit before any softcap, less the constant ``ln_final.b @ W_U + b_U``.
+        Tokens: a string, an id, ``[batch]``, ``[batch, pos]``, or ``[pos]`` without a batch axis;
+        one for each row and position of the stack, or of the cache if the stack is a slice of it.
         """
         direction = self._directions(tokens)
         if incorrect_tokens is not None:
@@ -412,11 +447,13 @@ class ActivationCache:
         stack = self.apply_ln_to_stack(
             residual_stack, None, False, pos_slice, batch_slice, has_batch_dim
         )
-        direction = Slice(batch_slice).apply(direction) if direction.ndim > 1 else direction
-        if direction.ndim == 2 and stack.ndim == 4:  # one token a row, the same at all positions
-            direction = direction[:, None]
-        elif direction.ndim == 3:
-            direction = Slice(pos_slice).apply(direction, dim=-2)
+        if direction.ndim == 3 or (direction.ndim == 2 and not self.has_batch_dim):
+            direction = _fitted(direction, pos_slice, stack, axis=-2)
+        elif direction.ndim == 2 and Slice(pos_slice).mode != "int":
+            direction = direction[:, None]  # one token a row, the same at all positions
+        if direction.ndim > 1 and self.has_batch_dim:
+            after = 1 if Slice(pos_slice).mode == "int" else 2
+            direction = _fitted(direction, batch_slice, stack, axis=-1 - after)
         return (stack * direction.to(stack.device)).sum(-1)
 
     def _directions(self, tokens: str | int | Int[Tensor, "..."]) -> Tensor:
@@ -425,3 +462,13 @@ class ActivationCache:
         index = torch.as_tensor(tokens, device=self.model.device)
         with torch.no_grad():
             return self.model.W_U.t()[index if index.numel() > 1 else index.reshape(())]
+
+
+def _fitted(direction: Tensor, selected: SliceInput, stack: Tensor, axis: int) -> Tensor:
+    """Directions of the whole cache cut like the stack; those of the stack's own rows as given."""
+    selection = Slice(selected)
+    if selection.mode == "identity":
+        return direction
+    if selection.mode != "int" and direction.shape[axis] == stack.shape[axis]:
+        return direction
+    return selection.apply(direction, dim=axis)

@@ -61,12 +61,15 @@ class CachingMethods(HookedRootModule):
             and model_kwargs.get("past_kv_cache") is None
         )
         points = self.select(names_filter)
+        if names_filter is None:  # what somebody edits exists in this run, on demand or not
+            points = [p for p in self.hook_points() if p.edited or self.is_in_full_cache(p)]
         quiet = self._quiet_points() if deferred else {}
         store: dict[str, Tensor] = {}
-        recorder = Recorder(store, compacts=names_filter is not None, **options)
+        compacts = names_filter is not None or pos_slice is not None
+        recorder = Recorder(store, compacts=compacts, **options)
         requests = [HookRequest(p, recorder, observes=True) for p in points if p.name not in quiet]
         if incl_bwd:
-            grads = Recorder(store, suffix="_grad", **options)
+            grads = Recorder(store, suffix="_grad", compacts=compacts, **options)
             requests += [HookRequest(p, grads, "bwd", observes=True) for p in points]
         named = names_given(names_filter)
         with self.listening(requests, named, reset_hooks_end, clear_contexts):
@@ -77,8 +80,7 @@ class CachingMethods(HookedRootModule):
         cache = self._ordered(store, quiet, contexts, remove_batch_dim)
         if not return_cache_object:
             return output, cache
-        squeezed = remove_batch_dim and _batch_of_one(cache, self.cfg.d_model)
-        return output, ActivationCache(cache, self, has_batch_dim=not squeezed)
+        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def _quiet_points(self: HookedTransformer) -> dict[str, Any]:
         """Points to derive afterwards: where nobody else has a hook in the same part."""
@@ -140,11 +142,3 @@ def _deferred(
         return how(Here(), context).to(recorded)
 
     return Deferred(compute)
-
-
-def _batch_of_one(cache: Activations, d_model: int) -> bool:
-    """Whether the recorders really took a batch axis of one away."""
-    for name in cache.recorded():
-        if name.endswith(("hook_embed", "hook_resid_pre", "hook_resid_post", "hook_logits")):
-            return cache[name].ndim == 2
-    return True

@@ -7,6 +7,7 @@ longhand are applied to the recorded tensors when somebody asks.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,9 @@ class Activations(dict):
     """A dictionary of activations some of which are still `Deferred`; reading one computes and
     keeps it. Everything a dict does works, copying and saving included."""
 
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # overridden so that dict(x) and {**x} read through __getitem__
+
     def __getitem__(self, key: str) -> Tensor:
         value = super().__getitem__(key)
         if isinstance(value, Deferred):
@@ -58,6 +62,19 @@ class Activations(dict):
             return self[key]
         except KeyError:
             return default
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """The activation; ``default``, which is then kept, where there is none."""
+        return self[key] if key in self else super().setdefault(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """The activation, taken out."""
+        value = super().pop(key, *default)
+        return value.compute() if isinstance(value, Deferred) else value
+
+    def copy(self) -> dict[str, Tensor]:
+        """A plain dictionary of all activations."""
+        return dict(self)
 
     def values(self):
         """All activations, computed."""
@@ -83,7 +100,8 @@ class Activations(dict):
         return [key for key, value in self.raw() if isinstance(value, Tensor)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (list(self.items()),)
+        # What torch.load(weights_only=True) can read.
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 Derivation = Callable[[Tensors, Context], Tensor]
@@ -159,9 +177,7 @@ def _of_attention(name: str, attn: Attention) -> dict[str, Derivation]:
         return attn.scores(q, k, scale, _allowed(attn, q, k, ctx), ctx)
 
     def pattern(t: Tensors, ctx: Context) -> Tensor:
-        s = scores(t, ctx)
-        q, k = t[f"{name}.hook_q"].transpose(1, 2), t[f"{name}.hook_k"].transpose(1, 2)
-        return math.attention_pattern(s, _allowed(attn, q, k, ctx), attn.live("sinks"))
+        return math.attention_pattern(scores(t, ctx), attn.live("sinks"))
 
     return {f"{name}.hook_attn_scores": scores, f"{name}.hook_pattern": pattern}
 

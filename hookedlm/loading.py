@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +17,17 @@ from hookedlm.convert.convert import Conversion, convert
 from hookedlm.convert.describe import config_fields, dtype_of
 from hookedlm.errors import LoadError
 from hookedlm.names import nearest
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""A folder with none of these holds no tokenizer."""
 
 DEMO = Path(__file__).parent / "demo"
 """The project's own trained model, an ordinary Hugging Face checkpoint folder."""
@@ -129,14 +141,17 @@ def _from_files(
             config = AutoConfig.from_pretrained(path, **where)
             options["config"] = _shortened(config, first_n_layers)
         return AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    except (OSError, ValueError, KeyError) as error:
-        if local:
-            raise LoadError(f"can't read a causal language model from {path!r}: {error}") from error
+    except LoadError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if local or not isinstance(error, OSError):
+            why = " ".join(str(error).split())
+            raise LoadError(f"can't read a causal language model from {path!r}: {why}") from error
         close = nearest(name, [*ALIASES, "gpt2", "demo"])
+        hint = f" Short names near it: {', '.join(close)}." if close else ""
         raise LoadError(
             f"no model {name!r}: it is neither a folder nor reachable on the hub (offline, or "
-            f"misspelt). Short names near it: {', '.join(close)}. Without a network, 'demo' and "
-            "local folders work."
+            f"misspelt).{hint} Without a network, 'demo' and local folders work."
         ) from error
 
 
@@ -150,8 +165,8 @@ def _shortened(config: Any, n: int) -> Any:
 
 def _tokenizer(path: str, local: bool, revision: str | None) -> Any:
     """The tokenizer kept beside a model, or None when there is none to be had."""
-    if local and not Path(path).is_dir():
-        return None
+    if local and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        return None  # transformers would make an empty one up
     options: dict[str, Any] = {"local_files_only": True} if local else {}
     if revision is not None and not local:
         options["revision"] = revision

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hookedlm.layers.weights import Weights
+from hookedlm.layers.attention import Attention
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -68,6 +68,9 @@ class PlacingMethods(nn.Module):
             module._apply(move)
         result = nn.Module._apply(self, move, recurse)
         self.driver.forget()
+        for part in self.modules():
+            if isinstance(part, Attention) and part.fused is not None:
+                part.fused.forget()
         return result
 
     def to(self: HookedTransformer, *args: Any, print_details: bool = False, **kwargs: Any) -> Any:
@@ -95,9 +98,6 @@ class PlacingMethods(nn.Module):
 
     def state_dict(self: HookedTransformer, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All weights under TransformerLens' names, absent biases as zeros."""
-        for module in self.modules():
-            if isinstance(module, Weights):
-                module.materialise_biases()
         return nn.Module.state_dict(self, *args, **kwargs)
 
     def load_state_dict(
@@ -109,14 +109,32 @@ class PlacingMethods(nn.Module):
         """Load weights by TransformerLens' names; the caller's dictionary is left alone.
 
         ``_W_K`` and ``_W_V`` (grouped queries in TransformerLens) are understood, its mask and
-        rotary buffers ignored. ``strict`` refuses missing and unknown names.
+        rotary buffers ignored. ``strict`` refuses missing and unknown names. Weights that are one
+        here (a tied embedding) and two in the dictionary become two.
         """
         renamed = {
             name.replace("attn._", "attn."): value
             for name, value in state_dict.items()
             if not name.endswith(IGNORED_KEYS)
         }
+        self._untie(renamed)
         return nn.Module.load_state_dict(self, renamed, strict=strict, assign=assign)
+
+    @torch.no_grad()
+    def _untie(self: HookedTransformer, given: Mapping[str, Any]) -> None:
+        """A storage of its own for every weight that would overwrite another with other values."""
+        first: dict[int, tuple[str, Tensor]] = {}
+        for name, x in self.named_parameters():
+            if name not in given:
+                continue
+            tied_to, y = first.setdefault(x.data_ptr(), (name, x))
+            if tied_to == name or x.numel() != y.numel() or given[name].shape != x.shape:
+                continue
+            theirs = given[tied_to] if x.shape == y.shape else given[tied_to].t()
+            if theirs.shape != x.shape or not torch.equal(given[name], theirs):
+                module, _, leaf = name.rpartition(".")
+                copied = nn.Parameter(x.detach().clone(), requires_grad=x.requires_grad)
+                self.get_submodule(module)._parameters[leaf] = copied
 
     def __deepcopy__(self: HookedTransformer, memo: dict[int, Any]) -> Any:
         clone = StorageMap(torch.clone)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hookedlm.errors import HookNameError, HookNeverFiredError
+from hookedlm.errors import HookNameError, HookNeverFiredError, InputError
 from hookedlm.hooks import (
     HookFn,
     HookPoint,
@@ -66,7 +66,11 @@ class Recorder:
         x = tensor.detach()
         if self.pos_slice.mode != "identity" and "pos" in axes:
             x = self.pos_slice.apply(x, dim=axes.index("pos"))
-        if self.remove_batch_dim and x.shape[0] == 1:
+        if self.remove_batch_dim and axes[0] == "batch":
+            if x.shape[0] != 1:
+                raise InputError(
+                    f"remove_batch_dim needs a batch of one; {hook.name} has {x.shape[0]}"
+                )
             x = x[0]
         if self.device is not None or self.dtype is not None:
             x = x.to(device=self.device, dtype=self.dtype if x.is_floating_point() else None)

@@ -1,6 +1,6 @@
 """Changes of the weights that leave the model's predictions alone, and make it easier to read.
 
-Each computes in float32, copies only what it changes, compares log-probabilities before and after
+Each computes in float32 (or better), copies only what it changes, compares log-probabilities before and after
 on a small padded batch, and writes itself into ``model.history``. What would be wrong for a family
 is skipped and said, or refused.
 """
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
 
 TOLERANCE = 1e-4
-"""Largest change of a log-probability, in nats, that a transform may cause in float32."""
+"""Largest change of a log-probability, in nats, that a transform may cause in float32; more where
+they are tens of nats away from zero on average, because rounding alone moves those."""
 
 
 @dataclass
@@ -75,11 +76,12 @@ def recorded(model: HookedTransformer, name: str) -> Iterator[Record]:
     record = Record(name)
     before = probe(model)
     saved = [(m, dict(m._parameters), dict(m._modules)) for m in model.modules()]
+    described = model.cfg.to_dict()
     try:
         with torch.no_grad():
             yield record
         record.change = float((probe(model) - before).abs().max())
-        limit = TOLERANCE
+        limit = TOLERANCE * float((before.abs().mean() / 10).clamp(min=1.0))
         if model.dtype in (torch.float16, torch.bfloat16):  # rounding of weights alone moves them
             limit = 16 * torch.finfo(model.dtype).eps * float(before.abs().max().clamp(min=1.0))
         if not record.change <= limit:
@@ -93,9 +95,15 @@ def recorded(model: HookedTransformer, name: str) -> Iterator[Record]:
             module._parameters.update(parameters)
             module._modules.clear()
             module._modules.update(modules)
+        vars(model.cfg).update(described)
         model.setup()
         raise
     model.history.append(record)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it already is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def put(module: nn.Module, name: str, value: Tensor) -> None:
@@ -110,7 +118,7 @@ def add_bias(module: nn.Module, name: str, value: Tensor, like: str) -> None:
     """Add to a bias that may not exist yet."""
     old, beside = module._parameters[name], module._parameters[like]
     assert beside is not None
-    new = value if old is None else old.float() + value
+    new = value if old is None else wide(old) + value
     module._parameters[name] = nn.Parameter(
         new.to(beside.dtype), requires_grad=beside.requires_grad
     )
@@ -151,11 +159,11 @@ def _fold(norm: Norm, readers: list[Reader], center_weights: bool) -> None:
         W = reader.module._parameters[reader.name]
         assert W is not None
         if b is not None and reader.bias is not None:
-            constant = torch.tensordot(b.float(), W.float(), dims=([0], [reader.axis]))
+            constant = torch.tensordot(wide(b), wide(W), dims=([0], [reader.axis]))
             add_bias(reader.module, reader.bias, constant, reader.name)
         shape = [1] * W.ndim
         shape[reader.axis] = -1
-        new = W.float() * norm.weight.float().reshape(shape)
+        new = wide(W) * wide(norm.weight).reshape(shape)
         if norm.spec.centres and center_weights:
             new = new - new.mean(reader.axis, keepdim=True)
         put(reader.module, reader.name, new)
@@ -223,6 +231,8 @@ def why_writing_matters(model: HookedTransformer) -> str:
     for i, block in enumerate(model.blocks):
         if not isinstance(block, AttentionBranch):
             return f"block {i} reads the stream in its own way"
+        if isinstance(block, PostNormBlock):
+            return f"block {i} reads the stream before any norm"
         for name in ("ln1", "ln2"):
             norm = block._modules.get(name)
             if norm is not None and not (isinstance(norm, Norm) and norm.spec.centres):
@@ -248,8 +258,6 @@ def center_writing_weights(model: HookedTransformer) -> Record:
         elif embed is not None:
             record.skipped.append("embed: a norm stands behind it")
         for i, block in enumerate(model.blocks):
-            if isinstance(block, PostNormBlock):
-                continue
             for part, W, axis, b in (("attn", "W_O", 2, "b_O"), ("mlp", "W_out", 1, "b_out")):
                 module = block._modules.get(part)
                 if isinstance(module, (Attention, MLP, GatedMLP)):
@@ -259,7 +267,7 @@ def center_writing_weights(model: HookedTransformer) -> Record:
         for module, name, axis in writers:
             value = None if module is None else module._parameters[name]
             if module is not None and value is not None:
-                put(module, name, value.float() - value.float().mean(axis, keepdim=True))
+                put(module, name, wide(value) - wide(value).mean(axis, keepdim=True))
     return record
 
 
@@ -275,10 +283,10 @@ def center_unembed(model: HookedTransformer) -> Record:
         )
     with recorded(model, "center_unembed") as record:
         unembed = model.unembed
-        W, b = unembed.W_U.float(), unembed.live("b_U")
+        W, b = wide(unembed.W_U), unembed.live("b_U")
         put(unembed, "W_U", W - W.mean(1, keepdim=True))
         if b is not None:
-            put(unembed, "b_U", b.float() - b.float().mean())
+            put(unembed, "b_U", wide(b) - wide(b).mean())
     return record
 
 
@@ -311,8 +319,8 @@ def fold_value_biases(model: HookedTransformer) -> Record:
             b_V = attn.live("b_V")
             if b_V is None:
                 continue
-            per_head = repeat_heads(b_V.float(), attn.spec.n_heads, dim=0)
-            add_bias(attn, "b_O", torch.einsum("he,hed->d", per_head, attn.W_O.float()), "W_O")
+            per_head = repeat_heads(wide(b_V), attn.spec.n_heads, dim=0)
+            add_bias(attn, "b_O", torch.einsum("he,hed->d", per_head, wide(attn.W_O)), "W_O")
             put(attn, "b_V", torch.zeros_like(b_V))
     return record
 
@@ -344,11 +352,12 @@ def refactor_factored_attn_matrices(model: HookedTransformer) -> Record:
 
 
 def _refactor(attn: Attention) -> None:
-    W = {name: attn._parameters[name].float() for name in ("W_Q", "W_K", "W_V", "W_O")}
+    dtype = torch.float32 if attn.W_Q.device.type == "mps" else torch.float64
+    W = {name: attn._parameters[name].to(dtype) for name in ("W_Q", "W_K", "W_V", "W_O")}
     b = {
         name: torch.zeros_like(W[f"W_{name[-1]}"][:, 0])
         if attn.live(name) is None
-        else attn.live(name).float()
+        else attn.live(name).to(dtype)
         for name in ("b_Q", "b_K", "b_V")
     }
     q, k = (torch.cat([W[f"W_{x}"], b[f"b_{x}"][:, None]], dim=1) for x in "QK")
@@ -385,8 +394,8 @@ def remove_layernorm(model: HookedTransformer) -> Record:
                     f"remove_layernorm: {where} "
                     + (why_not or f"has eps={norm.eps:g}: its scale depends on the stream")
                 )
-            constant = torch.full_like(norm.weight.float(), norm.eps**-0.5)
-            put(norm, "w", norm.weight.float() * constant)
+            constant = torch.full_like(wide(norm.weight), norm.eps**-0.5)
+            put(norm, "w", wide(norm.weight) * constant)
             _fold(norm, readers, center_weights=True)
             parent = model.get_submodule(where.rpartition(".")[0])
             parent._modules[where.rpartition(".")[2]] = Same()

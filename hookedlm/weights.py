@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 class WeightMethods:
     """Stacked weights. Each access stacks anew: to edit, write to ``model.blocks[l].attn.W_Q``."""
 
+    def __getattr__(self, name: str) -> Any:
+        """As torch does, but a weight that is not there keeps its own reason: torch's lookup would
+        answer "no attribute" to the AttributeError of a property."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = vars(WeightMethods).get(name)
+            if isinstance(found, property):
+                return found.fget(self)
+            raise
+
     def _stacked(self: HookedTransformer, part: str, name: str) -> Tensor:
         found = []
         for layer, block in enumerate(self.blocks):

@@ -297,7 +297,7 @@ def test_refused(model: HookedTransformer):
         model.generate(right, attention_mask=(right != 0).long())
     with pytest.raises(ValueError, match="max_tokens"):
         model.generate(tokens, max_tokens=3)
-    with pytest.raises(InputError, match="at least one token"):
+    with pytest.raises(InputError, match="no positions"):
         model.generate("", prepend_bos=False)
     bare = hookedlm.load(hf("gpt2-base"))
     with pytest.raises(TokenizerError, match="tokenizer"):

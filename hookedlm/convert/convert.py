@@ -102,7 +102,8 @@ def _converted(model: nn.Module, strict: bool) -> Conversion:
         fidelity,
     )
     _check_logits(conversion, truth, config)
-    fidelity.unread = unread(config)
+    if not fidelity.opaque_parts:  # what is wrapped read its options itself
+        fidelity.unread = unread(config)
     if strict:
         fidelity.demand_uniform()
     return conversion

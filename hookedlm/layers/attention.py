@@ -159,7 +159,7 @@ class Attention(Weights):
             return math.fused(q, k, v, ctx.mask, ctx.bias, scale, self.spec.causal)
         allowed = self.allowed(q.shape[2], k.shape[2], ctx, q.device)
         scores = self.hook_attn_scores(self.scores(q, k, scale, allowed, ctx))
-        pattern = self.hook_pattern(math.attention_pattern(scores, allowed, self.live("sinks")))
+        pattern = self.hook_pattern(math.attention_pattern(scores, self.live("sinks")))
         return math.weighted_values(pattern, v)
 
     def allowed(

@@ -87,19 +87,19 @@ def masked(scores: Scores, allowed: Allowed | None) -> Scores:
 
 def attention_pattern(
     scores: Scores,
-    allowed: Allowed | None = None,
     sinks: Float[Tensor, "head"] | None = None,
 ) -> Scores:
     """Softmax over keys, in float32. A sink is one more key without a value: it takes its share and
-    is dropped. Queries that may attend to nothing (padding) get a row of zeros."""
+    is dropped. Queries that may attend to nothing (padding, or a hook's doing) get a row of zeros.
+    """
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         extended = torch.cat([scores, column.to(scores.dtype)], dim=-1)
         return torch.softmax(extended, dim=-1, dtype=torch.float32)[..., :-1].to(scores.dtype)
-    pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
-    if allowed is not None:
-        pattern = pattern.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
-    return pattern
+    nothing = torch.isneginf(scores).all(dim=-1, keepdim=True)
+    safe = scores.masked_fill(nothing, 0.0)  # a softmax of nothing but -inf has NaN gradients
+    pattern = torch.softmax(safe, dim=-1, dtype=torch.float32).to(scores.dtype)
+    return pattern.masked_fill(nothing, 0.0)
 
 
 def weighted_values(pattern: Scores, v: Values) -> Float[Tensor, "batch pos head d_value"]:

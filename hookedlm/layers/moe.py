@@ -42,7 +42,7 @@ class MoE(nn.Module):
             ).flatten(0, 1)
             if self.hook_expert_out.wanted:
                 return self.hook_expert_out(self.expert_out(flat, dense, shape)).sum(dim=2)
-            if self.hook_expert_weights.edited:
+            if self.hook_expert_weights.edited or self.hook_expert_weights.bwd_hooks:
                 weights, indices = dense, self._every(dense)
         return self.experts(flat, indices, weights).view(shape)
 

@@ -79,8 +79,15 @@ class FusedQKV:
         self.bias = None if bias is None else Strided.of(bias)
         self.places = tuple(Strided.of(part) for part in parts)
         self.bias_places = tuple(None if b is None else Strided.of(b) for b in part_biases)
+        self.forget()
+
+    def forget(self) -> None:
+        """The parts moved: look the matrix up again, and keep no hold on the old one."""
         self._pointers: tuple[int, ...] = ()
         self._current: tuple[Tensor, Tensor | None] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_pointers": (), "_current": None}  # addresses mean nothing elsewhere
 
     def matrix(
         self, parts: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]

@@ -2,7 +2,8 @@
 
 TransformerLens' code expects every bias to exist. Most families have none, and adding zeros costs
 time in every forward pass. So an absent bias is None inside, and becomes a real, trainable-off
-zero `nn.Parameter` (used from then on) the moment it is read, saved, or loaded.
+zero `nn.Parameter` (used from then on) the moment it is read, or loaded with another value. It is
+saved as zeros.
 """
 
 from __future__ import annotations
@@ -61,8 +62,23 @@ class Weights(nn.Module):
             if self._parameters[name] is None:
                 self._materialise(name)
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, (shape, like) in self._zeros.items():
+            beside = self._parameters[like]
+            if self._parameters[name] is None and beside is not None:
+                zeros = torch.zeros(shape, dtype=beside.dtype, device=beside.device)
+                destination[prefix + name] = zeros
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in self._zeros:
-            if self._parameters[name] is None and prefix + name in state_dict:
+        for name, (shape, _) in self._zeros.items():
+            value = state_dict.get(prefix + name)
+            if self._parameters[name] is not None or value is None:
+                continue
+            if tuple(value.shape) == shape and not value.any():
+                del state_dict[prefix + name]  # torch made this dictionary for this module
+            else:
                 self._materialise(name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
