@@ -159,7 +159,7 @@ class ActivationCache:
         if layer == self.model.cfg.n_layers:
             return False
         if f"blocks.{layer}.hook_mlp_out" not in self.model.hook_dict:
-            raise InputError(f"mlp_input=True: layer {layer} has no MLP")
+            raise InputError(f"mlp_input=True: layer {layer} has no MLP of its own")
         return f"blocks.{layer}.hook_resid_mid" in self.model.hook_dict
 
     def _layer(self, layer: int | None) -> int:
@@ -408,7 +408,10 @@ class ActivationCache:
     def _check_rows(self, stack: Tensor, scale: Tensor) -> None:
         """The stack must hold the rows and positions the scale is of."""
         got, expected = tuple(stack.shape[-scale.ndim : -1]), tuple(scale.shape[:-1])
-        if stack.ndim < scale.ndim or any(e not in (1, g) for g, e in zip(got, expected)):
+        fits = len(got) == len(expected) and all(
+            e in (1, g) for g, e in zip(got, expected, strict=True)
+        )
+        if not fits:
             raise InputError(
                 f"a stack of shape {tuple(stack.shape)} holds other rows or positions than the "
                 f"cached scale {tuple(scale.shape)}: say with pos_slice and batch_slice which"

@@ -89,7 +89,7 @@ class HookedTransformer(
         self.conversion: Fidelity | None = vars(layers).get("fidelity")
         self._outside = [vars(layers).get("own"), preparer.module, vars(layers).get("tail")]
         if self.cfg.use_hook_tokens:
-            self.hook_tokens = HookPoint("batch pos")
+            self.hook_tokens = HookPoint("batch pos", shares=True)
         self.embed: Embed | None = layers.embed
         self.hook_embed = HookPoint(STREAM, shares=True)
         self.pos_embed: PosEmbed | None = layers.pos_embed

@@ -353,6 +353,7 @@ def refactor_factored_attn_matrices(model: HookedTransformer) -> Record:
 
 def _refactor(attn: Attention) -> None:
     dtype = torch.float32 if attn.W_Q.device.type == "mps" else torch.float64
+    stored = attn.W_Q.dtype
     W = {name: attn._parameters[name].to(dtype) for name in ("W_Q", "W_K", "W_V", "W_O")}
     b = {
         name: torch.zeros_like(W[f"W_{name[-1]}"][:, 0])
@@ -374,7 +375,7 @@ def _refactor(attn: Attention) -> None:
         ("b_K", k[:, -1]),
         ("b_V", torch.zeros_like(b["b_V"])),
     ):
-        put(attn, name, value.contiguous())
+        put(attn, name, value.contiguous().to(stored))
 
 
 # Remove norms -------------------------------------------------------------------------------------

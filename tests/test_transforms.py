@@ -337,17 +337,26 @@ def test_a_failing_transform_restores_everything(monkeypatch: pytest.MonkeyPatch
 
 
 def test_opaque_parts_are_left_alone_and_said():
-    """A block wrapped whole: what reads or writes there is not touched."""
+    """Attention that runs as it was written: what it reads and writes is not touched."""
     theirs = build("gpt2-base")
     theirs.transformer.h[1].attn.extra = nn.Parameter(torch.ones(1))  # nobody accounts for it
     model = hookedlm.load(theirs)
     assert not isinstance(model.blocks[1]._modules.get("attn"), Attention)
-    with pytest.raises(ProcessingError, match="block 1 reads the stream in its own way|opaque"):
-        transforms.center_writing_weights(model)
     before = log_probs(model)
-    record = transforms.fold_value_biases(model)
-    assert any(reason.startswith("blocks.1") for reason in record.skipped)
+    for transform, part in (
+        (transforms.fold_ln, "blocks.1.ln1: what reads it runs as Hugging Face wrote it"),
+        (transforms.center_writing_weights, "blocks.1.attn: not uniform"),
+        (transforms.fold_value_biases, "blocks.1: attention is not uniform"),
+        (transforms.refactor_factored_attn_matrices, "blocks.1: attention is not uniform"),
+    ):
+        record = transform(model)
+        assert record.skipped == [part]
+        assert part in str(record)
     assert (log_probs(model) - before).abs().max() < 1e-4
+    assert model.blocks[1].ln1.live("w") is not None
+    assert model.blocks[1].ln2.live("w") is None
+    with pytest.raises(ProcessingError, match="runs as Hugging Face wrote it"):
+        model.remove_layernorm()
 
 
 # --- Models without norms ------------------------------------------------------------------------

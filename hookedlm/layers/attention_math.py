@@ -89,13 +89,16 @@ def attention_pattern(
     scores: Scores,
     sinks: Float[Tensor, "head"] | None = None,
 ) -> Scores:
-    """Softmax over keys, in float32. A sink is one more key without a value: it takes its share and
-    is dropped. Queries that may attend to nothing (padding, or a hook's doing) get a row of zeros.
+    """Softmax over keys, in float32 (with sinks in the scores' own dtype).
+
+    A sink is one more key without a value: it takes its share and is dropped. Queries that may
+    attend to nothing (padding, or a hook's doing) get a row of zeros.
     """
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         extended = torch.cat([scores, column.to(scores.dtype)], dim=-1)
-        return torch.softmax(extended, dim=-1, dtype=torch.float32)[..., :-1].to(scores.dtype)
+        extended = extended - extended.max(dim=-1, keepdim=True).values  # as gpt_oss rounds it
+        return torch.softmax(extended, dim=-1)[..., :-1]
     nothing = torch.isneginf(scores).all(dim=-1, keepdim=True)
     safe = scores.masked_fill(nothing, 0.0)  # a softmax of nothing but -inf has NaN gradients
     pattern = torch.softmax(safe, dim=-1, dtype=torch.float32).to(scores.dtype)

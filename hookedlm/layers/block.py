@@ -71,7 +71,7 @@ class AttentionBranch(nn.Module):
         self.ln1_post: nn.Module = parts.ln1_post or Same()
         factor = spec.residual_scale
         self.attn_scale: nn.Module = Same() if factor == 1.0 else Times(factor)
-        self.hook_attn_out = HookPoint(STREAM)
+        self.hook_attn_out = HookPoint(STREAM, shares=parts.ln1_post is not None)
 
     def _build_mlp(self, spec: BlockSpec, parts: Parts) -> None:
         assert parts.mlp is not None
@@ -79,7 +79,7 @@ class AttentionBranch(nn.Module):
         self.ln2_post: nn.Module = parts.ln2_post or Same()
         factor = spec.residual_scale
         self.mlp_scale: nn.Module = Same() if factor == 1.0 else Times(factor)
-        self.hook_mlp_out = HookPoint(STREAM)
+        self.hook_mlp_out = HookPoint(STREAM, shares=parts.ln2_post is not None)
 
     def _splits_wanted(self) -> bool:
         return any(point.wanted for point in self._splits)

@@ -45,7 +45,7 @@ class MLP(Weights):
         self.hook_pre = HookPoint(NEURONS)
         self.hook_mid = HookPoint(NEURONS) if ln is not None else Same()
         self.ln: nn.Module = Same() if ln is None else ln
-        self.hook_post = HookPoint(NEURONS)
+        self.hook_post = HookPoint(NEURONS, shares=ln is not None)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         p = self._parameters

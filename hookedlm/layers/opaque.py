@@ -71,7 +71,7 @@ class OpaqueMixer(nn.Module):
         super().__init__()
         self.spec, self.module = spec, module
         self._accepts = _Accepts(module)
-        self.hook_in, self.hook_out = HookPoint(STREAM), HookPoint(STREAM)
+        self.hook_in, self.hook_out = HookPoint(STREAM, shares=True), HookPoint(STREAM)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], ctx: Context

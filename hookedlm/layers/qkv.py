@@ -124,7 +124,9 @@ class FusedQKV:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v ``[batch, pos, head, d_head]`` out of the product."""
         if self.order == "blocks":
-            q, k, v = y.split([n_heads * d_head, n_kv * d_head, n_kv * d_head], dim=-1)
+            # Not y.split: autograd forbids editing its views in place, which hooks may do.
+            n_q, n_k = n_heads * d_head, n_kv * d_head
+            q, k, v = y[..., :n_q], y[..., n_q : n_q + n_k], y[..., n_q + n_k :]
             return (
                 q.unflatten(-1, (n_heads, d_head)),
                 k.unflatten(-1, (n_kv, d_head)),
