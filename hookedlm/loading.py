@@ -67,7 +67,7 @@ def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = vars(torch).get(dtype.removeprefix("torch."))
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise LoadError(f"dtype={dtype!r}: expected e.g. 'float32', 'bfloat16', 'float16'")
     return found
 
@@ -104,16 +104,27 @@ def load_layers(
         raise LoadError(f"{extra}: only used when a checkpoint is read, not with a module")
     conversion = convert(hf_model, strict=strict)
     if tokenizer is None:
-        tokenizer = _tokenizer(
-            path or _name_of(hf_model), local=path is None or local, revision=revision
-        )
+        if path is None:  # a module, which may have been given a name beside it
+            path, local = (_name_of(hf_model), True) if model is hf_model else resolve(name)
+        tokenizer = _tokenizer(path, local, revision)
     fields = config_fields(conversion, name.rstrip("/").split("/")[-1])
     fields |= {"dtype": dtype_of(hf_model), "device": str(next(hf_model.parameters()).device)}
     if n_ctx is not None:
-        fields["n_ctx"] = min(n_ctx, fields["n_ctx"]) if conversion.pos_embed is not None else n_ctx
+        fields["n_ctx"] = n_ctx
+        _shorten_positions(conversion, n_ctx)
     if tokenizer is not None:
         fields["tokenizer_name"] = tokenizer.name_or_path or None
     return Loaded(HookedTransformerConfig(**fields), conversion, tokenizer, device, to_dtype(dtype))
+
+
+def _shorten_positions(conversion: Conversion, n_ctx: int) -> None:
+    """Keep the first ``n_ctx`` position embeddings, where positions are learned."""
+    if conversion.pos_embed is None:
+        return
+    W_pos = conversion.pos_embed.W_pos
+    if n_ctx > W_pos.shape[0]:
+        raise LoadError(f"n_ctx={n_ctx}: this model has {W_pos.shape[0]} position embeddings")
+    conversion.pos_embed.put("W_pos", W_pos[:n_ctx], None, "")
 
 
 def _name_of(model: Any) -> str:
@@ -140,7 +151,17 @@ def _from_files(
             where = {k: v for k, v in options.items() if k != "dtype"}
             config = AutoConfig.from_pretrained(path, **where)
             options["config"] = _shortened(config, first_n_layers)
-        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, **options
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise LoadError(
+                f"{path!r} has no {', '.join(missing[:3])}"
+                + (f" nor {len(missing) - 3} more" if len(missing) > 3 else "")
+                + ": transformers would make these weights up. To use them so, load the module "
+                "yourself and pass it."
+            )
+        return model.eval()
     except LoadError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:

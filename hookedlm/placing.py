@@ -71,14 +71,12 @@ class PlacingMethods(nn.Module):
         for part in self.modules():
             if isinstance(part, Attention) and part.fused is not None:
                 part.fused.forget()
+        self.cfg.device, self.cfg.dtype = str(self.device), self.dtype
         return result
 
     def to(self: HookedTransformer, *args: Any, print_details: bool = False, **kwargs: Any) -> Any:
         """Move to a device and/or cast to a dtype, as ``nn.Module.to``; cfg follows."""
-        nn.Module.to(self, *args, **kwargs)
-        self.cfg.device = str(self.device)
-        self.cfg.dtype = self.dtype
-        return self
+        return nn.Module.to(self, *args, **kwargs)
 
     def cuda(self: HookedTransformer, device: int | torch.device | None = None) -> Any:
         """Move to a CUDA device."""

@@ -383,7 +383,8 @@ On indirect objects the answer's logit is on average {difference:.1f} above that
 * Indirect objects: "When John and Mary went to the shops, John gave the bag to" -> " Mary".
 * Capitals: "The capital of Spain is" -> " Madrid", and "Q: What is the capital of France?\\nA:
   Paris\\nQ: What is the capital of Poland?\\nA:" -> " Warsaw". {n_countries} countries.
-* Repeated random tokens, up to {longest} and again: each token of the repeat.
+* Repeated random tokens: each token of the repeat. Nine in ten training sequences had 4 to 50
+  tokens before the repeat; with 100 the accuracy is {long_repeat:.1%}.
 
 ## Held out of training
 
@@ -431,9 +432,10 @@ Written by the model at temperature 0.8, from nothing, from "One day" and from "
 
 It knows its {n_words} words and sentences much like its templates, and nothing else: no other
 facts, no arithmetic, no free conversation. Names and countries outside the lists are spelled in
-pieces, on which it was not trained. A third giver ("..., Tom gave the bag to") makes it split
-between the two people named before, by design. Texts longer than a few sentences occurred only
-as repeated random tokens.
+pieces, on which it was not trained. In training a third giver ("When John and Mary went to the
+shops, Tom gave the bag to") was followed by either of the two others at random: the model then
+mostly names one of them, and neither order is preferred over many prompts. Texts of more than
+about 100 tokens occurred only as repeated random tokens, and rarely.
 """
 
 
@@ -464,7 +466,7 @@ def model_card(
         n_names=len(data.NAMES + data.HELD_OUT_NAMES),
         n_phrasings=len(data.STATEMENTS),
         n_words=len(data.lexicon()),
-        longest=(config.n_positions - 1) // 2,
+        long_repeat=repeated_score(model, 20, 100, args.seed, bos=True),
         n_layer=config.n_layer,
         d_model=config.n_embd,
         n_head=config.n_head,
