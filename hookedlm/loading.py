@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from hookedlm.aliases import ALIASES
 from hookedlm.config import HookedTransformerConfig
@@ -151,9 +154,10 @@ def _from_files(
             where = {k: v for k, v in options.items() if k != "dtype"}
             config = AutoConfig.from_pretrained(path, **where)
             options["config"] = _shortened(config, first_n_layers)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, **options
-        )
+        with _without_advice(first_n_layers is not None):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, output_loading_info=True, **options
+            )
         if missing := sorted(report["missing_keys"]):
             raise LoadError(
                 f"{path!r} has no {', '.join(missing[:3])}"
@@ -174,6 +178,18 @@ def _from_files(
             f"no model {name!r}: it is neither a folder nor reachable on the hub (offline, or "
             f"misspelt).{hint} Without a network, 'demo' and local folders work."
         ) from error
+
+
+@contextmanager
+def _without_advice(wanted: bool) -> Iterator[None]:
+    """Keep transformers from listing the weights of layers that were not wanted."""
+    verbosity = logging.get_verbosity()
+    if wanted:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _shortened(config: Any, n: int) -> Any:

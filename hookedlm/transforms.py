@@ -1,8 +1,8 @@
 """Changes of the weights that leave the model's predictions alone, and make it easier to read.
 
-Each computes in float32 (or better), copies only what it changes, compares log-probabilities before and after
-on a small padded batch, and writes itself into ``model.history``. What would be wrong for a family
-is skipped and said, or refused.
+Each computes in float32 (or better), copies only what it changes, compares log-probabilities before
+and after on a small padded batch, and writes itself into ``model.history``. What would be wrong for
+a family is skipped and said, or refused.
 """
 
 from __future__ import annotations

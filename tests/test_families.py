@@ -27,7 +27,6 @@ NOT_EXACT = {
     "gpt_oss": "the softmax with sinks subtracts its maximum in another order",
     "qwen3_moe": "expert sums are accumulated in the order in which experts are batched",
     "olmoe": "expert sums are accumulated in the order in which experts are batched",
-    "mixtral": "expert sums are accumulated in the order in which experts are batched",
 }
 TOLERANCE = 1e-5
 

@@ -156,9 +156,7 @@ def test_texts_row_by_row(name: str, side: str):
 
 
 def test_default_padding_side(model: HookedTransformer):
-    left = hookedlm.load(
-        hf("gpt2-base"), tokenizer=word_tokenizer(), default_padding_side="left"
-    )
+    left = hookedlm.load(hf("gpt2-base"), tokenizer=word_tokenizer(), default_padding_side="left")
     assert close(left(TEXTS), model(TEXTS, padding_side="left"))
     assert close(left(TEXTS, padding_side="right"), model(TEXTS))
     assert not torch.allclose(left(TEXTS)[1], model(TEXTS)[1])
@@ -183,9 +181,7 @@ def test_bos(adds_bos: bool):
 
 
 def test_default_prepend_bos():
-    model = hookedlm.load(
-        hf("gpt2-base"), tokenizer=word_tokenizer(), default_prepend_bos=False
-    )
+    model = hookedlm.load(hf("gpt2-base"), tokenizer=word_tokenizer(), default_prepend_bos=False)
     assert model("the cat").shape[1] == 2
     assert model("the cat", prepend_bos=True).shape[1] == 3
 
@@ -237,9 +233,7 @@ def test_right_padding_by_mask(model: HookedTransformer):
 
 
 def test_left_padding_is_inferred_where_the_tokenizer_pads_left():
-    left = hookedlm.load(
-        hf("gpt2-base"), tokenizer=word_tokenizer(), default_padding_side="left"
-    )
+    left = hookedlm.load(hf("gpt2-base"), tokenizer=word_tokenizer(), default_padding_side="left")
     tokens, mask = padded_batch(VOCAB, [9, 5], "left", pad_id=PAD, seed=1)
     assert torch.equal(left(tokens), left(tokens, attention_mask=mask))
     assert close(left(tokens)[1, 4:], left(tokens[1:, 4:])[0])
@@ -359,9 +353,7 @@ def test_cache_continues(tiny):
     model, tokens = hooked(tiny.id), some_tokens(n=12)
     whole = model(tokens)
     cache = DynamicCache()
-    pieces = [
-        model(piece, past_kv_cache=cache) for piece in tokens.split([6, 1, 5], dim=1)
-    ]
+    pieces = [model(piece, past_kv_cache=cache) for piece in tokens.split([6, 1, 5], dim=1)]
     assert close(torch.cat(pieces, dim=1), whole, 1e-4)
     assert cache.get_seq_length() == 12
 

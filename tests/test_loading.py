@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import subprocess
@@ -95,7 +96,7 @@ def test_folder_by_the_classic_door(folder: Path, offline: list):
         model = HookedTransformer.from_pretrained(str(folder), device="cpu")
     expected = logits_of(build("llama-grouped"), TOKENS).log_softmax(-1)
     assert torch.allclose(model(TOKENS).log_softmax(-1), expected, atol=1e-4)
-    assert [record.name for record in model.history][0] == "fold_ln"
+    assert model.history[0].name == "fold_ln"
     assert model.cfg.normalization_type == "RMSPre"
     assert model.to_str_tokens("the cat") == ["<s>", "the", "cat"]
     plain = HookedTransformer.from_pretrained_no_processing(str(folder), device="cpu")
@@ -150,9 +151,7 @@ def test_dtype_of_the_checkpoint_is_kept(tmp_path: Path):
     build("llama-grouped").bfloat16().save_pretrained(tmp_path / "half")
     assert hookedlm.load(tmp_path / "half", device="cpu").dtype == torch.bfloat16
     # The classic door's default is float32.
-    classic = HookedTransformer.from_pretrained_no_processing(
-        str(tmp_path / "half"), device="cpu"
-    )
+    classic = HookedTransformer.from_pretrained_no_processing(str(tmp_path / "half"), device="cpu")
     assert classic.dtype == torch.float32
 
 
@@ -163,16 +162,19 @@ def test_unknown_dtype(folder: Path, dtype: str):
 
 
 def test_first_layers(folder: Path, caplog: pytest.LogCaptureFixture):
-    model = hookedlm.load(folder, first_n_layers=2, device="cpu")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        model = hookedlm.load(folder, first_n_layers=2, device="cpu")
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert caplog.records == []  # no list of the weights left out
     assert model.cfg.n_layers == len(model.blocks) == 2
     full = hookedlm.load(folder, device="cpu")
-    assert torch.equal(
-        model(TOKENS, stop_at_layer=2), full(TOKENS, stop_at_layer=2)
-    )
+    assert torch.equal(model(TOKENS, stop_at_layer=2), full(TOKENS, stop_at_layer=2))
     for n in (0, 4):
         with pytest.raises(LoadError, match=f"first_n_layers={n}: this model has 3 layers"):
             hookedlm.load(folder, first_n_layers=n)
-    with pytest.raises(LoadError, match="first_n_layers.*module"):
+    with pytest.raises(LoadError, match=r"first_n_layers.*module"):
         hookedlm.load(build("gpt2-base"), first_n_layers=1)
 
 
@@ -235,7 +237,7 @@ def test_hf_model_finds_its_tokenizer_by_name(hub: list[SimpleNamespace]):
 
 
 def test_keywords_for_a_checkpoint_with_a_module():
-    with pytest.raises(LoadError, match="trust_remote_code.*not with a module"):
+    with pytest.raises(LoadError, match=r"trust_remote_code.*not with a module"):
         hookedlm.load(build("gpt2-base"), trust_remote_code=True)
 
 

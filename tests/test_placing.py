@@ -139,8 +139,9 @@ def test_loading_reaches_the_shared_memory():
     """A fused matrix and Hugging Face's module see what is loaded."""
     theirs = build("gpt2-base")
     model = hookedlm.load(theirs)
-    model.load_state_dict(hookedlm.load(next(t for t in TINIES if t.id == "gpt2-base").build(
-        seed=1)).state_dict())
+    model.load_state_dict(
+        hookedlm.load(next(t for t in TINIES if t.id == "gpt2-base").build(seed=1)).state_dict()
+    )
     assert torch.allclose(logits_of(theirs, TOKENS, MASK)[REAL], logits(model), atol=1e-5)
 
 
@@ -165,9 +166,10 @@ def test_transformer_lens_names_of_grouped_queries():
     model, other = hookedlm.load(build("llama-biased")), hookedlm.load(build("llama-grouped"))
     state = other.state_dict()
     renamed = {
-        name.replace(".W_K", "._W_K").replace(".W_V", "._W_V").replace(".b_K", "._b_K").replace(
-            ".b_V", "._b_V"
-        ): value
+        name.replace(".W_K", "._W_K")
+        .replace(".W_V", "._W_V")
+        .replace(".b_K", "._b_K")
+        .replace(".b_V", "._b_V"): value
         for name, value in state.items()
     }
     assert "blocks.0.attn._W_K" in renamed
@@ -184,10 +186,10 @@ def test_transformer_lens_names_of_grouped_queries():
 def test_unknown_and_missing_names():
     model = hookedlm.load(build("gpt2-base"))
     state = model.state_dict()
-    with pytest.raises(RuntimeError, match="Unexpected.*blocks.0.attn.W_X"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*blocks.0.attn.W_X"):
         model.load_state_dict(state | {"blocks.0.attn.W_X": torch.ones(1)})
     del state["blocks.1.mlp.W_in"]
-    with pytest.raises(RuntimeError, match="Missing.*blocks.1.mlp.W_in"):
+    with pytest.raises(RuntimeError, match=r"Missing.*blocks.1.mlp.W_in"):
         model.load_state_dict(state)
     result = model.load_state_dict(state, strict=False)
     assert result.missing_keys == ["blocks.1.mlp.W_in"]
@@ -270,9 +272,10 @@ def test_an_edit_after_casting_takes_effect():
     after = logits(model)
     assert not torch.allclose(after, before, atol=1e-3)
     attn = model.blocks[0].attn
-    assert attn.fused.matrix(
-        (attn.W_Q, attn.W_K, attn.W_V), (attn.b_Q, attn.b_K, attn.b_V)
-    ) is not None
+    assert (
+        attn.fused.matrix((attn.W_Q, attn.W_K, attn.W_V), (attn.b_Q, attn.b_K, attn.b_V))
+        is not None
+    )
 
 
 def test_meta_device():

@@ -258,9 +258,7 @@ def test_from_pretrained(tiny: Tiny):
 
 def test_nothing_to_skip_when_not_asked():
     options = {"center_writing_weights": False}
-    model = HookedTransformer.from_pretrained(
-        "tiny", hf_model=build("llama-grouped"), **options
-    )
+    model = HookedTransformer.from_pretrained("tiny", hf_model=build("llama-grouped"), **options)
     assert [record.name for record in model.history] == [
         "fold_ln",
         "center_unembed",
@@ -296,9 +294,7 @@ def test_process_weights_of_a_toy_model():
 
 
 def test_half_precision():
-    model = HookedTransformer.from_pretrained(
-        "tiny", hf_model=build("gpt2-base"), dtype="bfloat16"
-    )
+    model = HookedTransformer.from_pretrained("tiny", hf_model=build("gpt2-base"), dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert len(model.history) == 4
     assert (log_probs(model).float() - truth(MODELS[0])).abs().max() < 0.3
@@ -333,7 +329,9 @@ def test_a_failing_transform_restores_everything(monkeypatch: pytest.MonkeyPatch
     for n, (parameter, value) in before.items():
         assert after[n] is parameter
         assert torch.equal(parameter, value)
-    assert torch.equal(log_probs(model), logits_of(theirs, TOKENS, MASK)[MASK.bool()].log_softmax(-1))
+    assert torch.equal(
+        log_probs(model), logits_of(theirs, TOKENS, MASK)[MASK.bool()].log_softmax(-1)
+    )
 
 
 def test_opaque_parts_are_left_alone_and_said():
@@ -430,7 +428,5 @@ def test_edited_norms_convert_exactly(name: str):
     real = MASK.bool()
     expected = logits_of(theirs, TOKENS, MASK)[real]
     assert torch.allclose(model(TOKENS, attention_mask=MASK)[real], expected, atol=1e-6)
-    model = HookedTransformer.from_pretrained(
-        "tiny", hf_model=theirs, center_writing_weights=False
-    )
+    model = HookedTransformer.from_pretrained("tiny", hf_model=theirs, center_writing_weights=False)
     assert (log_probs(model) - expected.log_softmax(-1)).abs().max() < 1e-4

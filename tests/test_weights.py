@@ -1,4 +1,4 @@
-"""Weights under TransformerLens' names: the same memory as Hugging Face's, edited, stacked, trained."""
+"""Weights under TransformerLens' names: Hugging Face's memory, edited, stacked and trained."""
 
 from __future__ import annotations
 
@@ -245,8 +245,11 @@ def test_absent_biases_come_into_being(tiny):
             kept = model.run_with_cache(tokens, names_filter=quantity)[1][quantity]
             bias += 0.5
             edited = model.run_with_cache(tokens, names_filter=quantity)[1][quantity]
-            assert close(edited, kept + 0.5 * model.blocks[1].spec.residual_scale
-                         if name == "b_O" else kept + 0.5, 1e-4)
+            assert close(
+                edited,
+                kept + 0.5 * model.blocks[1].spec.residual_scale if name == "b_O" else kept + 0.5,
+                1e-4,
+            )
             assert not close(model(tokens, attention_mask=mask)[real], after[real])
 
 

@@ -58,7 +58,7 @@ def convert(model: nn.Module, strict: bool = False) -> Conversion:
     """
     try:
         return _converted(model, strict)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, HookedLMError):
             raise
         raise ConversionError(
