@@ -42,7 +42,7 @@ WRONG = {
     "q and k swapped": (tinies("llama")[1], {"q": "self_attn.k_proj", "k": "self_attn.q_proj"}),
     "order of q, k, v": (NEOX, {"qkv_order": "blocks"}),
     "rotation left out": (LLAMA, {"rotary": None}),
-    "scale": (GEMMA2, {"scale": None}),
+    "scale": (GRANITE, {"scale": None}),
     "scores' softcap left out": (GEMMA2, {"softcap": None}),
     "parallel": (LLAMA, {"layout": "parallel"}),
     "sequential": (NEOX, {"layout": "sequential"}),

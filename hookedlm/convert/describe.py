@@ -39,7 +39,7 @@ def config_fields(conversion: Conversion, name: str) -> dict[str, Any]:
         "d_vocab": _d_vocab(conversion, config),
         "n_ctx": _n_ctx(conversion, config),
         "original_architecture": conversion.fidelity.model_class,
-        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "tie_word_embeddings": bool(hf.find(config, "tie_word_embeddings")),
         "init_weights": False,
     }
     fields["d_vocab_out"] = fields["d_vocab"]
