@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hookedlm.cache import ActivationCache
-from hookedlm.derive import Activations, Deferred, derivations, points_of
-from hookedlm.errors import InputError
+from hookedlm.derive import Activations, Deferred, Derivation, derivations, points_of
+from hookedlm.errors import InputError, StaleCacheError
 from hookedlm.hooks import HookRequest
 from hookedlm.layers.context import Context
 from hookedlm.root import HookedRootModule, NamesFilter, Recorder, names_given
@@ -103,15 +103,14 @@ class CachingMethods(HookedRootModule):
         remove_batch_dim: bool,
     ) -> Activations:
         """What was recorded and what follows from it, in firing order."""
-        sources = dict(store)
-        if remove_batch_dim:
-            sources = {name: x[None] for name, x in store.items()}
+        batched = {name: x[None] for name, x in store.items()} if remove_batch_dim else dict(store)
+        recorded = Recorded(batched, self) if quiet else None
         cache = Activations()
         for name in self.hook_dict:
             if name in store:
                 cache[name] = store[name]
-            elif name in quiet and self._reached(name, store):
-                entry = _deferred(quiet[name], sources, _context_of(name, contexts), self)
+            elif recorded is not None and name in quiet and self._reached(name, store):
+                entry = _deferred(quiet[name], name, recorded, _context_of(name, contexts))
                 cache[name] = entry.map(lambda x: x[0]) if remove_batch_dim else entry
         cache.update({name: x for name, x in store.items() if name not in cache})
         return cache
@@ -128,17 +127,65 @@ def _context_of(name: str, contexts: Sequence[Context]) -> Context:
     return contexts[int(name.split(".")[1])] if name.startswith("blocks.") else Context()
 
 
-def _deferred(
-    how: Any, sources: dict[str, Tensor], context: Context, model: HookedTransformer
-) -> Deferred:
-    class Here(dict):
-        """The recorded tensors, where the weights are."""
+class Recorded(Mapping[str, Tensor]):
+    """The tensors of one run, for deriving others from them, where the weights are.
 
-        def __getitem__(self, name: str) -> Tensor:
-            return sources[name].to(model.device)
+    Raises StaleCacheError once a tensor or weight it is asked about is not what it was in the run:
+    what would be derived then never existed.
+    """
 
+    def __init__(self, tensors: dict[str, Tensor], model: HookedTransformer):
+        self.tensors, self.model = tensors, model
+        self.versions = {name: _version(x) for name, x in tensors.items()}
+        self.weights = {name: self._weights_of(name) for name in (*_blocks(model), "ln_final")}
+
+    def __getitem__(self, name: str) -> Tensor:
+        x = self.tensors[name]
+        if _version(x) != self.versions[name]:
+            raise StaleCacheError(f"{name!r} was edited in place after the run. {HOW_TO_KEEP}")
+        return x.to(self.model.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def check_weights(self, name: str) -> None:
+        """Refuse to compute a norm from weights that changed since the run."""
+        part = (
+            name.split(".hook")[0].rsplit(".", 1)[0] if name.startswith("blocks.") else "ln_final"
+        )
+        if self._weights_of(part) != self.weights[part]:
+            raise StaleCacheError(
+                f"{name!r} was not read yet, and weights of {part!r} changed since. {HOW_TO_KEEP}"
+            )
+
+    def _weights_of(self, part: str) -> list[tuple[int, int | None]]:
+        module = self.model.mod_dict.get(part)
+        parameters = () if module is None else module.parameters()
+        return [(id(parameter), _version(parameter)) for parameter in parameters]
+
+
+HOW_TO_KEEP = (
+    "Patterns, scores and norms are computed when first read: read them before, or name them in "
+    "names_filter to have them recorded."
+)
+
+
+def _blocks(model: HookedTransformer) -> list[str]:
+    return [f"blocks.{layer}" for layer in range(len(model.blocks))]
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was edited in place; inference mode does not count."""
+    return None if x.is_inference() else x._version
+
+
+def _deferred(how: Derivation, name: str, recorded: Recorded, context: Context) -> Deferred:
     def compute() -> Tensor:
-        recorded = next(iter(sources.values())).device
-        return how(Here(), context).to(recorded)
+        if name.endswith(("hook_scale", "hook_normalized")):
+            recorded.check_weights(name)
+        return how(recorded, context).to(next(iter(recorded.tensors.values())).device)
 
     return Deferred(compute)

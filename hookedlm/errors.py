@@ -31,6 +31,10 @@ class CacheKeyError(HookedLMError, KeyError):
         return str(self.args[0])
 
 
+class StaleCacheError(HookedLMError, RuntimeError):
+    """A deferred activation whose ingredients changed before it was read."""
+
+
 class ConfigError(HookedLMError, ValueError):
     """A configuration that can't be built."""
 

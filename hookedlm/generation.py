@@ -96,6 +96,8 @@ class GenerationMethods:
         tokens, mask = self._prompt(input, prepend_bos, attention_mask)
         if return_type not in ("input", "str", "tokens"):
             raise InputError(f"return_type={return_type!r}: expected 'input', 'str' or 'tokens'")
+        if return_type == "str":
+            self._the_tokenizer("return_type='str'")
         was_text = isinstance(input, (str, list, tuple))
         options = self._generation_options(stop_at_eos, eos_token_id, do_sample, temperature)
         options |= {

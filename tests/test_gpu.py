@@ -113,11 +113,10 @@ def test_patching_on_the_demo_model():
         model = hookedlm.load_demo(device=device)
         clean = model.to_tokens("When John and Mary went to the shops, John gave the bag to")
         other = model.to_tokens("When John and Mary went to the shops, Mary gave the bag to")
-        answer, wrong = model.to_single_token(" Mary"), model.to_single_token(" John")
+        names = [model.to_single_token(name) for name in (" Mary", " John")]
         _, cache = model.run_with_cache(clean)
-        sweeps.append(
-            patching.get_act_patch_resid_pre(
-                model, other, cache, lambda logits: logits[0, -1, answer] - logits[0, -1, wrong]
-            ).cpu()
+        sweep = patching.get_act_patch_resid_pre(
+            model, other, cache, lambda logits, names=names: logits[0, -1, names].diff().neg()[0]
         )
+        sweeps.append(sweep.cpu())
     torch.testing.assert_close(sweeps[0], sweeps[1], rtol=1e-3, atol=1e-3)
