@@ -120,13 +120,13 @@ def read_attention(
     fused_module = hf.find(block, row.qkv)
     order: Any = "split" if fused_module is None else hf.resolved(row.qkv_order, block, config)
     if fused_module is None:
-        parts, biases = _split_qkv(block, row, seen)
+        parts, biases = _split_qkv(block, row, d_head, seen)
         whole = None
     else:
         seen.take(fused_module.weight, hf.bias_of(fused_module))
         parts, biases, whole = _fused_qkv(fused_module, order, n_heads, d_head, notes)
-    W_Q, W_K, W_V = (part.unflatten(0, (-1, d_head)).transpose(1, 2) for part in parts)
-    b_Q, b_K, b_V = (_by_head(bias, d_head) for bias in biases)
+    W_Q, W_K, W_V = (part.transpose(1, 2) for part in parts)
+    b_Q, b_K, b_V = biases
     fused = None
     if whole is not None:
         fused = FusedQKV(order, *whole, (W_Q, W_K, W_V), (b_Q, b_K, b_V))
@@ -171,17 +171,20 @@ def read_attention(
 
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Something of q, k and v each, by head: ``[head, d_head, d_model]``, biases ``[head, d_head]``."""
 
 
-def _split_qkv(block: nn.Module, row: Row, seen: Coverage) -> tuple[tuple[Tensor, ...], Three]:
+def _split_qkv(
+    block: nn.Module, row: Row, d_head: int, seen: Coverage
+) -> tuple[tuple[Tensor, ...], Three]:
     modules = [hf.find(block, place) for place in (row.q, row.k, row.v)]
     if any(module is None for module in modules):
         raise MissingPartError(f"no projections at {row.q!r}, {row.k!r}, {row.v!r}")
     for module in modules:
         seen.take(module.weight, hf.bias_of(module))
-    q, k, v = modules
-    parts = (hf.flat_weight(q), hf.flat_weight(k), hf.flat_weight(v))
-    return parts, (hf.bias_of(q), hf.bias_of(k), hf.bias_of(v))
+    q, k, v = (_by_head(hf.flat_weight(module), d_head) for module in modules)
+    b_q, b_k, b_v = (_by_head(hf.bias_of(module), d_head) for module in modules)
+    return (q, k, v), (b_q, b_k, b_v)
 
 
 def _fused_qkv(
@@ -193,36 +196,43 @@ def _fused_qkv(
     cuts = _blocks if order == "blocks" else _groups
     parts = cuts(W, n_heads, n_kv, d_head)
     biases: Three = (None, None, None) if b is None else cuts(b, n_heads, n_kv, d_head)
-    shared = all(_same_storage(part, W) for part in parts)
-    if b is not None:
-        shared = shared and all(_same_storage(part, b) for part in biases)
-    if not shared:
-        notes.append(
-            "grouped q, k, v interleave in one matrix: no view describes q, so it is copied"
-        )
-        q, k, v = (part.detach().clone().requires_grad_(W.requires_grad) for part in parts)
-        b_q, b_k, b_v = (None if x is None else x.detach().clone() for x in biases)
-        return (q, k, v), (b_q, b_k, b_v), None
-    return parts, biases, (W, b)
+    if _same_storage(parts[0], W):
+        return parts, biases, (W, b)
+    notes.append(
+        "queries interleave with keys in groups: no view describes them, so they are copied"
+    )
+    q, k, v = (_copied(part) for part in parts)
+    b_q, b_k, b_v = (_copied(bias) for bias in biases)
+    return (q, k, v), (b_q, b_k, b_v), None
 
 
 def _blocks(x: Tensor, n_heads: int, n_kv: int, d_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Three blocks of rows: all queries, all keys, all values."""
     q, k, v = x.split([n_heads * d_head, n_kv * d_head, n_kv * d_head])
-    return q, k, v
+    return _by_head(q, d_head), _by_head(k, d_head), _by_head(v, d_head)
 
 
 def _groups(x: Tensor, n_heads: int, n_kv: int, d_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Group by group: its queries, their key, their value. A view if there is one group, or one
+    query in each."""
     grouped = x.unflatten(0, (n_kv, n_heads // n_kv + 2, d_head))
-    queries = grouped[:, :-2].flatten(0, 1)
-    return tuple(part.flatten(0, 1) for part in (queries, grouped[:, -2], grouped[:, -1]))
+    if n_heads == n_kv:
+        queries = grouped[:, 0]
+    else:
+        queries = grouped[0, :-2] if n_kv == 1 else grouped[:, :-2].flatten(0, 1)
+    return queries, grouped[:, -2], grouped[:, -1]
+
+
+def _copied(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().clone().requires_grad_(x.requires_grad)
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _by_head(bias: Tensor | None, d_head: int) -> Tensor | None:
-    return None if bias is None else bias.unflatten(0, (-1, d_head))
+def _by_head(x: Tensor | None, d_head: int) -> Tensor | None:
+    return None if x is None else x.unflatten(0, (-1, d_head))
 
 
 def _qk_norms(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage):
