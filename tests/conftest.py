@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
 
 import pytest
 import torch
+from tiny import TINIES
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+import hookedlm
+from hookedlm import HookedTransformer
 
 # Tiny models gain nothing from threads, and several workers of a test run would fight over cores.
 torch.set_num_threads(int(os.environ.get("HOOKEDLM_TEST_THREADS", "1")))
@@ -55,3 +60,22 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """The same, putting bos in front of every text by itself."""
     return word_tokenizer(adds_bos=True)
+
+
+@functools.cache
+def hf(name: str) -> torch.nn.Module:
+    """One of the tiny models by its id, as Hugging Face runs it. Shared: leave it as it is."""
+    [tiny] = [tiny for tiny in TINIES if tiny.id == name]
+    return tiny.build()
+
+
+@functools.cache
+def hooked(name: str) -> HookedTransformer:
+    """The same, hooked, with a tokenizer. Shared: leave it as it is."""
+    return hookedlm.load(hf(name), tokenizer=word_tokenizer())
+
+
+@pytest.fixture
+def model() -> HookedTransformer:
+    """A hooked tiny GPT-2."""
+    return hooked("gpt2-base")

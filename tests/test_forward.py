@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import word_tokenizer
+from conftest import hf, hooked, word_tokenizer
 from hf_truth import block_outputs, logits_of, padded_batch
-from tiny import TINIES, VOCAB, one_per_family, tinies
+from tiny import VOCAB, one_per_family, tinies
 from transformers import DynamicCache
 
 import hookedlm
@@ -31,23 +30,6 @@ SOME = [
 ]
 TEXTS = ["the cat sat on the mat", "John ran", "Mary went to the store"]
 PAD, BOS = 0, 1
-
-
-@functools.cache
-def hf(name: str) -> torch.nn.Module:
-    [tiny] = [tiny for tiny in TINIES if tiny.id == name]
-    return tiny.build()
-
-
-@functools.cache
-def hooked(name: str) -> HookedTransformer:
-    """Shared: tests leave it as it is."""
-    return hookedlm.load(hf(name), tokenizer=word_tokenizer())
-
-
-@pytest.fixture
-def model() -> HookedTransformer:
-    return hooked("gpt2-base")
 
 
 def some_tokens(batch: int = 2, n: int = 9, seed: int = 0) -> torch.Tensor:

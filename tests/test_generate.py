@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import pytest
 import torch
-from conftest import word_tokenizer
+from conftest import hf, hooked, word_tokenizer
 from hf_truth import greedy, padded_batch
-from tiny import TINIES, VOCAB, one_per_family, quiet_transformers
+from tiny import VOCAB, one_per_family, quiet_transformers
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -20,23 +19,6 @@ from hookedlm.errors import InputError, TokenizerError
 SOME = ["gpt2-base", "llama-grouped", "gpt_neox-parallel", "bloom-base", "mixtral-base"]
 TEXTS = ["the cat sat on the mat", "John ran", "Mary went to the store"]
 EOS = 2
-
-
-@functools.cache
-def hf(name: str) -> torch.nn.Module:
-    [tiny] = [tiny for tiny in TINIES if tiny.id == name]
-    return tiny.build()
-
-
-@functools.cache
-def hooked(name: str) -> HookedTransformer:
-    """Shared: tests leave it as it is."""
-    return hookedlm.load(hf(name), tokenizer=word_tokenizer())
-
-
-@pytest.fixture
-def model() -> HookedTransformer:
-    return hooked("gpt2-base")
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,11 @@ Allowed = Bool[Tensor, "#batch #head pos key_pos"]
 
 
 def repeat_heads(x: Tensor, n_heads: int, dim: int = 1) -> Tensor:
-    """Key/value heads repeated so that there is one for every query head; a view if none is."""
+    """Key/value heads repeated so that there is one for every query head; a view (to read, not to
+    edit) if none is, or if all queries share one: Transformers multiplies by such a view too."""
     repeats = n_heads // x.shape[dim]
+    if x.shape[dim] == 1:
+        return x.expand(*x.shape[:dim], n_heads, *x.shape[dim + 1 :])
     return x if repeats == 1 else x.repeat_interleave(repeats, dim=dim)
 
 
