@@ -35,13 +35,14 @@ largest difference of a logit over the largest logit, worst over a type's config
   stands in `tests/test_families.py` (`NOT_EXACT`).
 - **listening**: the same with a listener on every hook point, so that longhand code runs.
 - **generation**: greedy generation with a key-value cache equals Hugging Face's, token by token.
-- **opaque**: parts that run as Hugging Face wrote them, and in which configurations. Model types
-  without a row here load too: see [adding a family](design.md).
+- **uniform**: parts written in this library's own layers; blocks with their layouts.
+- **opaque**: parts that run as Hugging Face wrote them, in which configurations, and why. Model
+  types without a row here load too, some or all of their parts opaque: see [design](design.md).
 
 torch {torch}, transformers {transformers}. Regenerate with `make docs`.
 
-| type | configurations | float32 | listening | bfloat16 | generation | opaque |
-| --- | --- | --- | --- | --- | --- | --- |
+| type | tried | uniform | float32 | listening | bfloat16 | generation | opaque |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -53,14 +54,18 @@ class Result:
     errors: dict[str, list[float]] = field(default_factory=dict)
     exact: dict[str, list[bool]] = field(default_factory=dict)
     same_text: list[bool] = field(default_factory=list)
-    opaque: dict[str, list[str]] = field(default_factory=dict)
+    uniform: set[str] = field(default_factory=set)
+    opaque: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def row(self, model_type: str) -> str:
         """One line of the table."""
-        cells = [f"`{model_type}`", f"{len(self.variants)}: {', '.join(self.variants)}"]
+        cells = [f"`{model_type}`", str(len(self.variants)), ", ".join(sorted(self.uniform))]
         cells += [self.error(kind) for kind in ("float32", "listening", "bfloat16")]
         cells.append("equal" if all(self.same_text) else "differs")
-        opaque = [f"{what} ({', '.join(names)})" for what, names in self.opaque.items()]
+        opaque = [
+            f"{what} ({', '.join(dict.fromkeys(names))}): {why}"
+            for (what, why), names in self.opaque.items()
+        ]
         return "| " + " | ".join([*cells, "; ".join(opaque) or "none"]) + " |"
 
     def error(self, kind: str) -> str:
@@ -100,8 +105,15 @@ def told(ours: hookedlm.HookedTransformer, theirs, tiny: Tiny, result: Result) -
     expected = hf_truth.greedy(theirs, prompt, torch.ones_like(prompt), 6)
     got = ours.generate(prompt, max_new_tokens=6, do_sample=False, stop_at_eos=False)
     result.same_text.append(torch.equal(got[:, -6:], expected[:, -6:]))
-    for form in sorted({part.form for part in ours.fidelity().opaque_parts}):
-        result.opaque.setdefault(form.removeprefix("opaque "), []).append(tiny.variant)
+    for part in ours.fidelity().parts:
+        if part.opaque:
+            why = re.sub(r", but .* away", ", but its numbers differ", part.reason)
+            kind = (part.form.removeprefix("opaque "), why)
+            result.opaque.setdefault(kind, []).append(tiny.variant)
+        elif part.where.startswith("blocks."):
+            result.uniform.add(f"{part.form.removeprefix('uniform, ')} blocks")
+        else:
+            result.uniform.add(part.where)
 
 
 def page() -> str:

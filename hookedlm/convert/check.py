@@ -1,4 +1,4 @@
-"""Check: Hugging Face's blocks and ours, side by side, on a small padded batch."""
+"""Check: Hugging Face's blocks and ours, side by side, on two small batches: padded, unpadded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hookedlm.convert.prepare import BlockCall, Call
-from hookedlm.convert.report import Agreement
+from hookedlm.convert.report import Agreement, worse
 from hookedlm.hooks import HookPoint, HookRequest, attached
 from hookedlm.layers.opaque import first
 
@@ -26,7 +26,7 @@ TOLERANCES = {
 """Largest relative error of a block that still counts as the same, by the model's dtype."""
 
 LENGTHS = (11, 7)
-"""Real tokens in the two rows of the check's batch: the second row is padded on the left."""
+"""Real tokens in the two rows of the padded batch: the second row is padded on the left."""
 
 
 @dataclass
@@ -49,13 +49,19 @@ def positions_of(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
 
 
 @torch.no_grad()
-def run_truth(model: nn.Module, blocks: Sequence[nn.Module], d_vocab: int) -> Truth:
-    """One forward pass of Hugging Face's model, every block's call and output written down."""
+def run_truth(
+    model: nn.Module, blocks: Sequence[nn.Module], d_vocab: int, padded: bool = True
+) -> Truth:
+    """One forward pass of Hugging Face's model, every block's call and output written down.
+
+    Without padding no mask is given, so that kernels which mask by themselves are seen at work.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     n = max(LENGTHS)
     tokens = torch.randint(d_vocab, (len(LENGTHS), n), generator=generator)
-    mask = torch.stack([torch.arange(n) >= n - length for length in LENGTHS]).long()
+    lengths = LENGTHS if padded else (n,) * len(LENGTHS)
+    mask = torch.stack([torch.arange(n) >= n - length for length in lengths]).long()
     truth = Truth(tokens.to(device), mask.bool().to(device), positions_of(mask).to(device))
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,9 +74,9 @@ def run_truth(model: nn.Module, blocks: Sequence[nn.Module], d_vocab: int) -> Tr
         truth.outputs.append(first(output))
 
     accepts = inspect.signature(model.forward).parameters
-    kwargs: dict[str, Any] = {"input_ids": truth.tokens, "attention_mask": mask.to(device)}
-    if "position_ids" in accepts:
-        kwargs["position_ids"] = truth.position_ids
+    kwargs: dict[str, Any] = {"input_ids": truth.tokens}
+    if padded:
+        kwargs |= {"attention_mask": mask.to(device), "position_ids": truth.position_ids}
     kwargs = {name: value for name, value in kwargs.items() if name in accepts}
     if "use_cache" in accepts:
         kwargs["use_cache"] = False
@@ -107,15 +113,18 @@ def listen_to_all(module: nn.Module) -> list[HookRequest]:
 
 @torch.no_grad()
 def check_block(
-    block: nn.Module, call: BlockCall, truth: Truth, layer: int
+    block: nn.Module, call: BlockCall, truths: Sequence[Truth], layer: int
 ) -> tuple[Agreement, Agreement]:
-    """(quiet, listening): the block run on Hugging Face's input, both ways."""
-    hidden = truth.calls[layer].hidden
-    context = call.context(truth.calls[layer], past=0)
-    quiet = compare(block(hidden, context), truth.outputs[layer], truth.real)
-    with attached(listen_to_all(block)):
-        out = block(hidden, context)
-    return quiet, compare(out, truth.outputs[layer], truth.real)
+    """(quiet, listening): the block run on Hugging Face's inputs, both ways; the worst of each."""
+    quiet = listening = Agreement(0.0, True)
+    for truth in truths:
+        hidden, expected = truth.calls[layer].hidden, truth.outputs[layer]
+        context = call.context(truth.calls[layer], past=0)
+        quiet = worse(quiet, compare(block(hidden, context), expected, truth.real))
+        with attached(listen_to_all(block)):
+            out = block(hidden, context)
+        listening = worse(listening, compare(out, expected, truth.real))
+    return quiet, listening
 
 
 def within(agreement: Agreement, dtype: torch.dtype) -> bool:

@@ -72,7 +72,8 @@ def _converted(model: nn.Module, strict: bool) -> Conversion:
     config = ConfigReads(own.config)
     row, family = row_of(own)
     layers = list(hf.at(own, row.blocks))
-    truth = run_truth(own, layers, own.get_input_embeddings().weight.shape[0])
+    d_vocab = own.get_input_embeddings().weight.shape[0]
+    truth = run_truth(own, layers, d_vocab)
     if len(truth.calls) != len(layers):
         raise ConversionError(
             f"{type(model).__name__} runs its {len(layers)} blocks {len(truth.calls)} times in one "
@@ -87,7 +88,8 @@ def _converted(model: nn.Module, strict: bool) -> Conversion:
         own.config.model_type, type(model).__name__, str(truth.logits.dtype)[6:], family
     )
     embed, pos_embed = _embedding(own, row, config, truth, fidelity)
-    blocks, calls = _blocks(layers, row, config, truth, fidelity)
+    truths = [truth, run_truth(own, layers, d_vocab, padded=False)]
+    blocks, calls = _blocks(layers, row, config, truths, fidelity)
     ln_final, unembed = _reading_out(own, row, config)
     conversion = Conversion(
         own,
@@ -142,11 +144,15 @@ def _embedding(
 
 
 def _blocks(
-    layers: list[nn.Module], row: Row, config: ConfigReads, truth: Truth, fidelity: Fidelity
+    layers: list[nn.Module],
+    row: Row,
+    config: ConfigReads,
+    truths: list[Truth],
+    fidelity: Fidelity,
 ) -> tuple[list[Block], list[BlockCall]]:
     blocks, calls = [], []
     for layer, module in enumerate(layers):
-        block, call, part = _block(module, row, config, truth, layer)
+        block, call, part = _block(module, row, config, truths, layer)
         blocks.append(block)
         calls.append(call)
         fidelity.parts.append(part)
@@ -154,24 +160,31 @@ def _blocks(
 
 
 def _block(
-    module: nn.Module, row: Row, config: ConfigReads, truth: Truth, layer: int
+    module: nn.Module, row: Row, config: ConfigReads, truths: list[Truth], layer: int
 ) -> tuple[Block, BlockCall, PartReport]:
     """One block: uniform if it can be read completely and computes the same both ways."""
     where = f"blocks.{layer}"
     try:
         reading = read_block(module, row, config)
         block, call = build_read_block(reading), _call_of(module, row, reading)
-        quiet, listening = check_block(block, call, truth, layer)
-        dtype = truth.calls[layer].hidden.dtype
+        quiet, listening = check_block(block, call, truths, layer)
+        dtype = truths[0].calls[layer].hidden.dtype
         if within(quiet, dtype) and within(listening, dtype):
             reason = "; ".join([*reading.notes, *_opaque_reasons(reading)])
             return block, call, PartReport(where, _form(reading), quiet, listening, reason)
         reason = f"read as a uniform block, but {max(quiet.error, listening.error):.1e} away"
-    except (MissingPartError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = f"not read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     opaque = OpaqueBlock(OpaqueSpec("block", reason), module)
     call = BlockCall(_argument_names(module), opaque=True)
-    quiet, listening = check_block(opaque, call, truth, layer)
+    quiet, listening = check_block(opaque, call, truths, layer)
     return opaque, call, PartReport(where, "opaque block", quiet, listening, reason)
 
 
@@ -271,9 +284,7 @@ def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> 
     own, fidelity = conversion.own, conversion.fidelity
     reason = "the head is no plain matrix"
     if conversion.unembed is not None:
-        with torch.no_grad():
-            normed = stream if conversion.ln_final is None else conversion.ln_final(stream)
-            agreement = compare(conversion.unembed(normed), truth.logits, truth.real)
+        agreement = _read_out(conversion, truth)
         if within(agreement, dtype):
             _strip(conversion)
             fidelity.parts.append(PartReport("logits", "uniform", agreement))
@@ -289,7 +300,25 @@ def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> 
             f"not be reproduced ({agreement.error:.1e} away)."
         )
     conversion.tail, conversion.ln_final, conversion.unembed = tail, None, None
+    if conversion.embed is not None and hf.find(own, conversion.row.embed_proj) is not None:
+        # The tail needs the base whole, and a base that projects takes no stream of ours.
+        conversion.embed, conversion.pos_embed = None, None
+        projects = "its projection stays with the head, which is opaque"
+        fidelity.parts[0] = PartReport(
+            "embed", "opaque embedding", Agreement(0.0, True), None, projects
+        )
     fidelity.parts.append(PartReport("logits", "opaque head", agreement, None, reason))
+
+
+def _read_out(conversion: Conversion, truth: Truth) -> Agreement:
+    """Our norm and unembedding on the last stream; infinitely wrong where they don't even fit."""
+    stream = truth.outputs[-1]
+    try:
+        with torch.no_grad():
+            normed = stream if conversion.ln_final is None else conversion.ln_final(stream)
+            return compare(conversion.unembed(normed), truth.logits, truth.real)
+    except RuntimeError:  # something between them changes the width
+        return Agreement(float("inf"), False)
 
 
 class _Nothing(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from hookedlm.convert import hf
+from hookedlm.errors import InputError
 from hookedlm.families.row import Row
 from hookedlm.layers.context import Context
 
@@ -38,8 +39,12 @@ class CallRecorder(nn.Module):
 
     def __init__(self, block: nn.Module, calls: list[Call], returns: int):
         super().__init__()
-        plain = {n: v for n, v in vars(block).items() if not n.startswith("_") and _harmless(v)}
-        self.__dict__.update(plain)  # loops ask their blocks things like `attention_type`
+        own = [
+            vars(kind) for kind in reversed(type(block).__mro__) if kind not in nn.Module.__mro__
+        ]
+        for names in (*own, vars(block)):  # loops ask their blocks things like `attention_type`
+            plain = {n: v for n, v in names.items() if not n.startswith("_") and _harmless(v)}
+            self.__dict__.update(plain)
         self.calls = calls
         self.returns = returns
         self.substitute: Tensor | None = None
@@ -80,7 +85,8 @@ class BlockCall:
         if not cached:
             values = {n: None if isinstance(v, Cache) else v for n, v in values.items()}
         n_query = call.hidden.shape[1]
-        mask = self._mask(values.get("attention_mask"), n_query, past)
+        given = values.get("attention_mask")  # some families hand on a mask for every kind of layer
+        mask = self._mask(given if isinstance(given, Tensor) else None, n_query, past)
         return Context(
             mask=mask,
             bias=self._bias(values, n_query + past if mask is None else mask.shape[-1]),
@@ -147,6 +153,11 @@ class HFPreparer:
         cache: Any = None,
     ) -> Prepared:
         """Contexts for one pass over tokens, or over embeddings (or any stream) of that shape."""
+        if cache is not None and "past_key_values" not in self.accepts:
+            raise InputError(
+                f"{type(self.module).__name__} keeps no past in a transformers Cache. Run without "
+                "one (generate: use_past_kv_cache=False)."
+            )
         past = 0 if cache is None else int(cache.get_seq_length())
         given = {
             "input_ids": tokens,

@@ -113,20 +113,21 @@ def _merged(parts: list[PartReport]) -> list[PartReport]:
         if merged and part.where.startswith("blocks."):
             last, count = merged[-1]
             if (last.form, last.reason) == (part.form, part.reason):
-                worse = PartReport(
+                both = PartReport(
                     last.where.split("-")[0] + "-" + part.where.split(".")[1],
                     part.form,
-                    _worse(last.quiet, part.quiet),
-                    _worse(last.listening, part.listening),
+                    worse(last.quiet, part.quiet),
+                    worse(last.listening, part.listening),
                     part.reason,
                 )
-                merged[-1] = (worse, count + 1)
+                merged[-1] = (both, count + 1)
                 continue
         merged.append((part, 1))
     return [part for part, _ in merged]
 
 
-def _worse(a: Agreement | None, b: Agreement | None) -> Agreement | None:
+def worse(a: Agreement | None, b: Agreement | None) -> Agreement | None:
+    """The larger error of two agreements, exact only if both are; the other where one is None."""
     if a is None or b is None:
         return a or b
     return Agreement(max(a.error, b.error), a.exact and b.exact)
