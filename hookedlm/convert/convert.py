@@ -19,6 +19,7 @@ from hookedlm.convert.prepare import BlockCall, Call, CallRecorder, HFPreparer
 from hookedlm.convert.read import (
     AttentionReading,
     BlockReading,
+    MoEReading,
     OpaqueReading,
     read_block,
     read_norm,
@@ -169,7 +170,8 @@ def _block(
         block, call = build_read_block(reading), _call_of(module, row, reading)
         quiet, listening = check_block(block, call, truths, layer)
         dtype = truths[0].calls[layer].hidden.dtype
-        if within(quiet, dtype) and within(listening, dtype):
+        routed = isinstance(reading.mlp, MoEReading)
+        if within(quiet, dtype) and within(listening, dtype, reroutes=routed):
             reason = "; ".join([*reading.notes, *_opaque_reasons(reading)])
             return block, call, PartReport(where, _form(reading), quiet, listening, reason)
         reason = f"read as a uniform block, but {max(quiet.error, listening.error):.1e} away"

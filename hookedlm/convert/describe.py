@@ -48,8 +48,9 @@ def config_fields(conversion: Conversion, name: str) -> dict[str, Any]:
         fields["output_logits_soft_cap"] = conversion.unembed.softcap or -1.0
     blocks = conversion.blocks
     attention = [m["attn"] for m in map(_modules, blocks) if isinstance(m.get("attn"), Attention)]
+    everywhere = len(attention) == len(blocks)
     mlps = [m["mlp"] for m in map(_modules, blocks) if m.get("mlp") is not None]
-    fields |= _of_attention(attention, config) | _of_mlps(mlps, config)
+    fields |= _of_attention(attention, config, everywhere) | _of_mlps(mlps, config)
     fields |= _of_norms(conversion) | _of_positions(conversion, attention, config)
     fields["parallel_attn_mlp"] = "parallel" in {
         p.form.split(", ")[-1] for p in conversion.fidelity.parts
@@ -82,7 +83,7 @@ def _n_ctx(conversion: Conversion, config: Any) -> int:
     return int(hf.find(config, places) or 2048)
 
 
-def _of_attention(layers: list[Attention], config: Any) -> dict[str, Any]:
+def _of_attention(layers: list[Attention], config: Any, everywhere: bool) -> dict[str, Any]:
     if not layers:
         heads = int(hf.find(config, ("num_attention_heads",)) or 1)
         return {"n_heads": heads, "d_head": int(hf.find(config, ("hidden_size",))) // heads}
@@ -98,7 +99,9 @@ def _of_attention(layers: list[Attention], config: Any) -> dict[str, Any]:
         "use_qk_norm": spec.qk_norm is not None,
         "use_local_attn": any(windows),
         "window_size": next((window for window in windows if window), None),
-        "attn_types": ["local" if w else "global" for w in windows] if any(windows) else None,
+        "attn_types": ["local" if w else "global" for w in windows]
+        if any(windows) and everywhere
+        else None,
         "attention_dir": "causal" if spec.causal else "bidirectional",
     }
 

@@ -12,10 +12,12 @@ class Agreement:
     """How far our numbers are from Hugging Face's on the check's batch.
 
     ``error`` is max |ours - theirs| / max |theirs| over real positions; 0.0 means every bit equal.
+    ``typical`` is the same for the median position.
     """
 
     error: float
     exact: bool
+    typical: float = 0.0
 
     def __str__(self) -> str:
         return "bit-identical" if self.exact else f"{self.error:.1e}"
