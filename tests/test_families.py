@@ -187,7 +187,7 @@ def test_bfloat16(tiny: Tiny):
     ids=lambda tiny: tiny.id,
 )
 def test_rounding_wraps_nothing(tiny: Tiny):
-    """In half precision a router's near ties fall either way; the blocks are uniform all the same."""
+    """A router's near ties fall either way in half precision; its block is uniform all the same."""
     _, ours = both(tiny, torch.bfloat16)
     assert ours.fidelity().opaque_parts == []
 
