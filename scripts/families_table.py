@@ -32,7 +32,7 @@ Every configuration of `tests/tiny.py` (tiny random models, all parameters pertu
 largest difference of a logit over the largest logit, worst over a type's configurations.
 
 - **exact**: the logits equal Hugging Face's in every bit. Why others differ in the last digits
-  stands in `tests/test_families.py` (`NOT_EXACT`).
+  stands in `tests/test_parity.py` (`NOT_EXACT`).
 - **listening**: the same with a listener on every hook point, so that longhand code runs.
 - **generation**: greedy generation with a key-value cache equals Hugging Face's, token by token.
 - **uniform**: parts written in this library's own layers; blocks with their layouts.

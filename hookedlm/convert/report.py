@@ -129,7 +129,7 @@ def _merged(parts: list[PartReport]) -> list[PartReport]:
 
 
 def worse(a: Agreement | None, b: Agreement | None) -> Agreement | None:
-    """The larger error of two agreements, exact only if both are; the other where one is None."""
+    """The larger errors of two agreements, exact only if both are; the other if one is None."""
     if a is None or b is None:
         return a or b
-    return Agreement(max(a.error, b.error), a.exact and b.exact)
+    return Agreement(max(a.error, b.error), a.exact and b.exact, max(a.typical, b.typical))
