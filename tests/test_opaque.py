@@ -182,6 +182,8 @@ class Own(PreTrainedModel):
 @torch.no_grad()
 def test_a_loop_that_asks_the_class_of_its_blocks_and_hands_on_no_tensor():
     theirs = Own(OwnConfig(vocab_size=VOCAB, hidden_size=16, num_attention_heads=1)).eval()
+    for parameter in theirs.parameters():  # biases too: a zeroed stream should leave a trace
+        parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
     assert guess_blocks(theirs) == "body.stack"
     ours = hookedlm.load(theirs)
     tokens, _ = prompts()
