@@ -7,7 +7,6 @@ wrapped; and what is wrapped must run.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -16,7 +15,6 @@ import hf_truth
 import pytest
 import torch
 from tiny import VOCAB, Tiny, one_per_family, tinies
-from torch import nn
 
 import hookedlm
 from hookedlm.errors import ConversionError
@@ -94,6 +92,7 @@ def errors(ours, theirs) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiny", SUBJECTS.values(), ids=SUBJECTS)
 def test_every_entry_of_every_row(tiny: Tiny, monkeypatch):
     row, theirs = FAMILIES[tiny.model_type], tiny.build()
@@ -192,12 +191,9 @@ def test_norms_edited_by_hand_are_read_as_they_are():
 
 
 def test_a_hook_left_on_a_module_does_not_vanish():
-    """What a user's own torch hook does to a part shows, or the part is wrapped."""
+    """A part hooked with torch computes something else: it is wrapped, hook and all."""
     theirs = tinies("llama")[0].build()
     theirs.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours = hookedlm.load(theirs)
-    assert isinstance(ours.blocks[1], nn.Module)
+    ours = hookedlm.load(theirs)
     assert ours.fidelity().part("blocks.1").opaque
     assert max(errors(ours, theirs).values()) <= 1e-5

@@ -323,6 +323,15 @@ def _read_out(conversion: Conversion, truth: Truth) -> Agreement:
         return Agreement(float("inf"), False)
 
 
+class _Passes(nn.Identity):
+    """Stands where a final norm was. Some bases ask that for its weight's dtype."""
+
+    def __init__(self, weight: Tensor | None):
+        super().__init__()
+        empty = None if weight is None else weight.detach().new_empty(0)
+        self.register_buffer("weight", empty, persistent=False)
+
+
 class _Nothing(nn.Module):
     """Stands where a position embedding was: adds zero to whatever it is added to."""
 
@@ -333,7 +342,8 @@ class _Nothing(nn.Module):
 def _strip(conversion: Conversion) -> None:
     """Take out of our copy of the base what our own layers do, so that it holds no weights."""
     own, row = conversion.own, conversion.row
-    gone: list[tuple[Any, Any]] = [(row.ln_final, nn.Identity()), (row.unembed_proj, None)]
+    norm = _Passes(getattr(hf.find(own, row.ln_final), "weight", None))
+    gone: list[tuple[Any, Any]] = [(row.ln_final, norm), (row.unembed_proj, None)]
     gone.append((row.unembed, nn.Identity()))
     if conversion.embed is not None:
         gone += [(row.embed_proj, None), (row.embed_norm, nn.Identity())]
