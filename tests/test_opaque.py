@@ -199,6 +199,33 @@ def test_a_loop_that_asks_the_class_of_its_blocks_and_hands_on_no_tensor():
     assert not torch.equal(edited, ours(tokens))
 
 
+class HandingBlock(OwnBlock):
+    def forward(self, x, before=None):
+        now = torch.tanh(self.attention(x))
+        return (x + now if before is None else x + now + before), now
+
+
+class HandingBody(OwnBody):
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.ModuleList([HandingBlock() for _ in range(3)])
+
+    def forward(self, input_ids=None, inputs_embeds=None):
+        x = self.words(input_ids) if inputs_embeds is None else inputs_embeds
+        before = None
+        for block in self.stack:
+            x, before = block(x, before=before)
+        return x
+
+
+def test_blocks_that_hand_each_other_more_than_the_stream_are_refused():
+    """Each block alone computes what it should; only the whole would be wrong."""
+    theirs = Own(OwnConfig(vocab_size=VOCAB, hidden_size=16, num_attention_heads=1)).eval()
+    theirs.body = HandingBody()
+    with pytest.raises(ConversionError, match="block 1 with before, which other blocks compute"):
+        hookedlm.load(theirs)
+
+
 # --- Refused in words ----------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from hookedlm.convert.prepare import BlockCall, Call
 from hookedlm.convert.report import Agreement, worse
 from hookedlm.hooks import HookPoint, HookRequest, attached
+from hookedlm.layers.context import Context
 from hookedlm.layers.opaque import first
 
 TOLERANCES = {
@@ -128,6 +130,33 @@ def check_block(
             out = block(hidden, context)
         listening = worse(listening, compare(out, expected, truth.real))
     return quiet, listening
+
+
+def not_prepared(theirs: Context, ours: Context) -> list[str]:
+    """What Hugging Face calls a block with that preparing did not bring about, by name.
+
+    That is what blocks hand each other besides the stream: no recorder in a block's place makes it.
+    """
+    names = [
+        name
+        for name in ("mask", "bias", "rotary")
+        if not _same(vars(theirs)[name], vars(ours)[name])
+    ]
+    given = theirs.kwargs.items()
+    return names + [name for name, value in given if not _same(value, ours.kwargs.get(name))]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments hold the same tensors; what holds none is let pass."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b.to(a.device))
+    if isinstance(a, (tuple, list)):
+        items = b if isinstance(b, (tuple, list)) else ()
+        return all(_same(x, y) for x, y in zip_longest(a, items))
+    if isinstance(a, dict):
+        entries = b if isinstance(b, dict) else {}
+        return all(_same(x, entries.get(key)) for key, x in a.items())
+    return True
 
 
 def within(agreement: Agreement, dtype: torch.dtype, reroutes: bool = False) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hookedlm.convert import hf
 from hookedlm.convert.build import Block, build_read_block
-from hookedlm.convert.check import Truth, check_block, compare, run_truth, within
+from hookedlm.convert.check import Truth, check_block, compare, not_prepared, run_truth, within
 from hookedlm.convert.config_keys import unread
 from hookedlm.convert.guess import row_of
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
@@ -105,6 +105,7 @@ def _converted(model: nn.Module, strict: bool) -> Conversion:
         fidelity,
     )
     _check_logits(conversion, truth, config)
+    _check_preparing(conversion, truth)
     if not fidelity.opaque_parts:  # what is wrapped read its options itself
         fidelity.unread = unread(config)
     if strict:
@@ -278,6 +279,26 @@ def _preparer(
     recorders = [CallRecorder(layer, calls, truth.returned) for layer in layers]
     hf.replace_at(own, row.blocks, nn.ModuleList(recorders))
     return HFPreparer(hf.at(own, row.base), row, calls, block_calls)
+
+
+def _check_preparing(conversion: Conversion, truth: Truth) -> None:
+    """What is prepared for each block is what Hugging Face called it with; else ConversionError."""
+    embeds = None if conversion.embed is None else truth.calls[0].hidden
+    with torch.no_grad():
+        prepared = conversion.preparer(
+            tokens=truth.tokens if embeds is None else None,
+            embeds=embeds,
+            attention_mask=truth.real.long(),
+            position_ids=truth.position_ids,
+        )
+    for layer, context in enumerate(prepared.contexts):
+        theirs = conversion.preparer.blocks[layer].context(truth.calls[layer], past=0)
+        if missing := not_prepared(theirs, context):
+            raise ConversionError(
+                f"{type(conversion.own).__name__} calls block {layer} with {', '.join(missing)}, "
+                "which other blocks compute besides the stream; such a model has no uniform form "
+                "yet."
+            )
 
 
 def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> None:
