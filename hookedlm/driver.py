@@ -27,6 +27,7 @@ class Preparer(Protocol):
 
     module: nn.Module | None
     reusable: bool
+    remembers: bool
 
     def __call__(
         self,

@@ -170,8 +170,10 @@ class GenerationMethods:
         return None if own is None else own.config.get_text_config().eos_token_id
 
     def _can_cache(self: HookedTransformer) -> bool:
-        """Whether every layer keeps its past in transformers' cache (recurrent mixers do not)."""
-        return not any(isinstance(block, MixerBlock) for block in self.blocks)
+        """Whether every layer keeps its past in transformers' cache (recurrent mixers do not, nor
+        do families whose code takes none)."""
+        recurrent = any(isinstance(block, MixerBlock) for block in self.blocks)
+        return self.driver.preparer.remembers and not recurrent
 
     def _generator(self: HookedTransformer) -> Generator:
         own = self._outside[0]

@@ -105,7 +105,7 @@ def test_a_base_that_keeps_no_past_is_not_asked_to():
     tokens, _ = prompts()
     expected = hf_truth.greedy(theirs, tokens, None, 5)
     options = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False}
-    got = ours.generate(tokens, use_past_kv_cache=False, **options)
+    got = ours.generate(tokens, **options)  # finds out by itself that there is no cache
     assert torch.equal(got[:, -5:], expected)
     with pytest.raises(InputError, match="use_past_kv_cache=False"):
         ours(tokens, past_kv_cache=DynamicCache())

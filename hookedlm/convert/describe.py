@@ -97,7 +97,7 @@ def _of_attention(layers: list[Attention], config: Any, everywhere: bool) -> dic
         "use_attn_scale": spec.scale != 1.0,
         "attn_scores_soft_cap": spec.softcap or -1.0,
         "use_qk_norm": spec.qk_norm is not None,
-        "use_local_attn": any(windows),
+        "use_local_attn": any(windows) and everywhere,
         "window_size": next((window for window in windows if window), None),
         "attn_types": ["local" if w else "global" for w in windows]
         if any(windows) and everywhere

@@ -141,6 +141,7 @@ class HFPreparer:
         self.accepts = set(parameters)
         self.anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.reusable = not any(block.opaque for block in self.blocks)
+        self.remembers = "past_key_values" in self.accepts
         self.growing = [m for m in base.modules() if "original_inv_freq" in m._buffers]
 
     def __call__(
@@ -153,7 +154,7 @@ class HFPreparer:
         cache: Any = None,
     ) -> Prepared:
         """Contexts for one pass over tokens, or over embeddings (or any stream) of that shape."""
-        if cache is not None and "past_key_values" not in self.accepts:
+        if cache is not None and not self.remembers:
             raise InputError(
                 f"{type(self.module).__name__} keeps no past in a transformers Cache. Run without "
                 "one (generate: use_past_kv_cache=False)."

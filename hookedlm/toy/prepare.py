@@ -31,6 +31,7 @@ class ToyPreparer:
 
     module: nn.Module | None = None
     reusable = True
+    remembers = True
 
     def __init__(self, cfg: HookedTransformerConfig):
         self.causal = cfg.attention_dir == "causal"
