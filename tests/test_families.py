@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 
 import hf_truth
 import pytest
 import torch
-from tiny import TINIES, VOCAB, Tiny, one_per_family, tinies
-from torch import Tensor
+from side_by_side import batch, both, error, real
+from tiny import TINIES, Tiny, one_per_family, tinies
 from transformers import DynamicCache
 
 import hookedlm
@@ -34,28 +33,6 @@ ROWS_INTERACT = {"llama-rope_dynamic"}
 
 every = pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.id)
 each_family = pytest.mark.parametrize("tiny", one_per_family(), ids=lambda tiny: tiny.id)
-
-
-@lru_cache(maxsize=4)
-def both(tiny: Tiny, dtype: torch.dtype = torch.float32):
-    """(Hugging Face's model, ours), shared by the tests that follow each other on one variant."""
-    theirs = tiny.build(dtype=dtype)
-    return theirs, hookedlm.load(theirs)
-
-
-def batch(side: str | None):
-    if side is None:
-        tokens = torch.randint(3, VOCAB, (2, 11), generator=torch.Generator().manual_seed(5))
-        return tokens, None
-    return hf_truth.padded_batch(VOCAB, [11, 6, 9], side, 0, seed=7)
-
-
-def real(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x[mask.bool()]
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
 
 
 @every

@@ -7,14 +7,12 @@ caches on batches that are really padded.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import hf_truth
 import pytest
 import torch
 import torch.nn.functional as F
+from side_by_side import batch, both, error, real
 from tiny import TINIES, VOCAB, Tiny
-from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
@@ -54,28 +52,6 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 STRETCHES = {"llama-rope_dynamic"}
 
 every = pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.id)
-
-
-@lru_cache(maxsize=2)
-def both(tiny: Tiny, dtype: torch.dtype = torch.float32):
-    """(Hugging Face's model, ours), shared by tests that follow each other on one variant."""
-    theirs = tiny.build(dtype=dtype)
-    return theirs, hookedlm.load(theirs)
-
-
-def batch(side: str | None):
-    if side is None:
-        tokens = torch.randint(3, VOCAB, (2, 11), generator=torch.Generator().manual_seed(5))
-        return tokens, None
-    return hf_truth.padded_batch(VOCAB, [11, 6, 9], side, 0, seed=7)
-
-
-def real(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x[mask.bool()]
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
 
 
 def why_not_exact(tiny: Tiny, dtype: torch.dtype) -> str | None:
