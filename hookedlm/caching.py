@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from hookedlm.cache import ActivationCache
+from hookedlm.cache.dictionary import held, place
 from hookedlm.derive import Activations, Deferred, Derivation, derivations, points_of
 from hookedlm.errors import InputError, StaleCacheError
 from hookedlm.hooks import HookRequest
 from hookedlm.layers.context import Context
 from hookedlm.root import HookedRootModule, NamesFilter, Recorder, names_given
-from hookedlm.slices import SliceInput
+from hookedlm.slices import Slice, SliceInput
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -81,6 +82,45 @@ class CachingMethods(HookedRootModule):
         if not return_cache_object:
             return output, cache
         return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    def cache_size(
+        self: HookedTransformer,
+        tokens: Any,
+        names_filter: NamesFilter = None,
+        dtype: torch.dtype | None = None,
+        pos_slice: SliceInput = None,
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Bytes that `run_with_cache` with these arguments will record: its ``nbytes``.
+
+        ``tokens``: text, texts or tokens, of which only the shape (and padding) matters. Two short
+        rows are run to see what each hook point receives, and scaled up.
+        """
+        tokens, mask, _ = self._read_input(tokens, prepend_bos, None, None, None, None)
+        rows, length = tokens.shape
+        kept = len(Slice.unwrap(pos_slice).indices(length))
+        # A slice of less than half is recorded as a copy: so it must be here.
+        few = torch.ones((2, 5 if 2 * kept < length else 3), dtype=torch.long, device=self.device)
+        if mask is not None:
+            few[1, 0] = 0
+        with torch.no_grad():
+            _, cache = self.run_with_cache(
+                torch.zeros_like(few),
+                attention_mask=few,
+                names_filter=names_filter,
+                dtype=dtype,
+                pos_slice=None if pos_slice is None else (0, 2),
+            )
+        sizes = {"batch": rows, "pos": kept, "key_pos": length}
+        sized: dict[Any, int] = {}
+        for name in cache.cache_dict.recorded():
+            x, axes = cache[name], self.hook_dict[name].axes or ("batch", "pos")
+            n = held(x)
+            for axis, size, stride in zip(axes, x.shape, x.stride(), strict=False):
+                if axis in sizes and stride:
+                    n = n // size * sizes[axis]
+            sized[place(x)] = n
+        return sum(sized.values())
 
     def _quiet_points(self: HookedTransformer) -> dict[str, Any]:
         """Points to derive afterwards: where nobody else has a hook in the same part."""

@@ -31,6 +31,10 @@ class CacheKeyError(HookedLMError, KeyError):
         return str(self.args[0])
 
 
+class CacheFileError(HookedLMError, OSError):
+    """A file of activations that is damaged, or of another model."""
+
+
 class StaleCacheError(HookedLMError, RuntimeError):
     """A deferred activation whose ingredients changed before it was read."""
 

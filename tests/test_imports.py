@@ -45,12 +45,13 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "axes errors",
-        1: "names hooks slices root spec config factored_matrix aliases",
+        1: "names hooks slices root spec config factored_matrix aliases tensors",
         2: "layers families",
         3: "convert",
         4: "model driver toy cache caching derive missing tokens loss weights placing generation "
-        "transforms loading pretrained",
-        5: "load patching circuits lenses steering",
+        "transforms loading pretrained processing encoder sampling data",
+        5: "load patching circuits lenses steering utils prompts head_detector evals train "
+        "svd_interpreter",
         6: "plots cli transformer_lens __main__",
     }.items()
     for name in names.split()
