@@ -98,7 +98,9 @@ class CachingMethods(HookedRootModule):
         """
         tokens, mask, _ = self._read_input(tokens, prepend_bos, None, None, None, None)
         rows, length = tokens.shape
-        kept = len(Slice.unwrap(pos_slice).indices(length))
+        picked = Slice.unwrap(pos_slice)
+        kept = len(picked.indices(length))
+        few_picked = {"identity": None, "slice": (0, 2), "array": [0, 1]}[picked.mode]
         # A slice of less than half is recorded as a copy: so it must be here.
         few = torch.ones((2, 5 if 2 * kept < length else 3), dtype=torch.long, device=self.device)
         if mask is not None:
@@ -109,7 +111,7 @@ class CachingMethods(HookedRootModule):
                 attention_mask=few,
                 names_filter=names_filter,
                 dtype=dtype,
-                pos_slice=None if pos_slice is None else (0, 2),
+                pos_slice=few_picked,
             )
         sizes = {"batch": rows, "pos": kept, "key_pos": length}
         sized: dict[Any, int] = {}

@@ -272,6 +272,8 @@ def attached(
 
 def compact(x: Tensor) -> Tensor:
     """``x``, copied when it would keep a much larger storage alive."""
-    if x.untyped_storage().nbytes() > 2 * max(1, x.numel() * x.element_size()):
-        return x.clone(memory_format=torch.contiguous_format)
+    # An axis along which x was expanded is there once, and stays so.
+    once = x[tuple(slice(0, 1) if not stride else slice(None) for stride in x.stride())]
+    if x.untyped_storage().nbytes() > 2 * max(1, once.numel() * x.element_size()):
+        return once.clone(memory_format=torch.contiguous_format).expand_as(x)
     return x

@@ -10,7 +10,7 @@ all-ones norm or an all-zeros bias.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -736,3 +736,21 @@ def one_per_family() -> list[Tiny]:
     for tiny in TINIES:
         first.setdefault(tiny.model_type, tiny)
     return list(first.values())
+
+
+GENERIC = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "state_size": 8,
+}
+"""Sizes that nearly every configuration class understands."""
+
+
+def registered(model_types: Iterable[str]) -> list[Tiny]:
+    """`TINIES`, and one of generic sizes for every type that has none there."""
+    known = {tiny.model_type for tiny in TINIES}
+    new = [kind for kind in model_types if kind not in known]
+    return TINIES + [tiny for kind in new for tiny in family(kind, GENERIC, generic={})]

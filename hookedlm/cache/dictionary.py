@@ -44,7 +44,7 @@ class CacheDictionary:
         name = self.name_of(key)
         if name in self.cache_dict:
             return self.cache_dict[name]
-        if name.endswith("attn.hook_result"):
+        if name.endswith("attn.hook_result") and name in self.model.hook_dict:
             self.cache_dict[name] = self.compute_head_result(name)
             return self.cache_dict[name]
         why = (

@@ -141,7 +141,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CacheFileError(f"{path} is damaged or no safetensors file: {error}") from error
-    described = json.loads(metadata.get("hookedlm", "{}"))
+    try:
+        described = json.loads(metadata.get("hookedlm", "{}"))
+    except ValueError as error:
+        raise CacheFileError(f"{path} is damaged: its description can't be read") from error
     if described.get("format") != FORMAT:
         raise CacheFileError(f"{path} is a safetensors file, but not of `ActivationCache.save`")
     return tensors, described
