@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from tiny import VOCAB, tinies
@@ -12,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hookedlm
 from hookedlm import ActivationCache, HookedTransformer, HookedTransformerConfig
+from hookedlm.cache.parts import Neurons, Passed
 from hookedlm.errors import CacheKeyError, InputError
+from hookedlm.layers.norm import Norm
+from hookedlm.spec import NormSpec
 
 TOKENS = torch.randint(3, VOCAB, (3, 6), generator=torch.Generator().manual_seed(0))
 POST_NORM = next(tiny for tiny in tinies("opt") if tiny.variant.startswith("post_norm"))
@@ -147,6 +151,16 @@ def test_every_later_norm_rescales_a_post_norm_models_heads():
         head = (head - head.mean(-1, keepdim=True)) / recorded[f"{name}.hook_scale"]
         head = head * norm.weight.detach()
     close(stack[labels.index("L0H1")], head)
+
+
+def test_the_constant_of_a_write_holds_its_post_norms_bias():
+    """No family here has a LayerNorm with a bias behind its attention; a toy part does."""
+    post, W_out, b_out = torch.randn(4, 5), torch.randn(5, 8), torch.randn(8)
+    norm = Norm(NormSpec("LN", eps=1e-2), torch.randn(8), torch.randn(8))
+    raw = post @ W_out + b_out
+    part = Neurons(0, np.arange(5), post, W_out)
+    passed = Passed(part, b_out, norm, norm.scale_of(raw), 0.5)
+    close((passed.outs().sum(0) + passed.constant()).detach(), norm.fast(raw).detach() * 0.5)
 
 
 # Directions instead of vectors --------------------------------------------------------------------
