@@ -13,6 +13,7 @@
 | d_mlp | neurons of an MLP |
 | d_vocab | tokens of the vocabulary |
 | expert | experts of a mixture |
+| choice | answers of a classifier |
 | 1 | kept, so that it broadcasts |
 """
 
@@ -28,6 +29,7 @@ AXES = (
     "d_mlp",
     "d_vocab",
     "expert",
+    "choice",
     "1",
 )
 

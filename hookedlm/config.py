@@ -18,6 +18,7 @@ from hookedlm.errors import ConfigError
 DTYPES = {
     "float32": torch.float32,
     "float": torch.float32,
+    "fp32": torch.float32,
     "float64": torch.float64,
     "double": torch.float64,
     "float16": torch.float16,
@@ -302,6 +303,12 @@ class HookedTransformerConfig:
     def is_layer_norm_activation(self) -> bool:
         """Whether a LayerNorm stands behind the activation (``solu_ln``)."""
         return self.act_fn is not None and self.act_fn.endswith("_ln")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled: fields that the config was pickled without have their defaults."""
+        fields = dataclasses.fields(self)
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        vars(self).update(defaults | state)
 
     def __repr__(self) -> str:
         lines = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hookedlm.hooks import HookPoint
 from hookedlm.layers import attention_math as math
 from hookedlm.layers.attention import Attention
+from hookedlm.layers.bert import BertBlock
 from hookedlm.layers.block import AttentionBranch, ParallelBlock, PostNormBlock
 from hookedlm.layers.context import Context
 from hookedlm.layers.mlp import MLP, GatedMLP
@@ -138,6 +139,8 @@ def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
     }
     if isinstance(block, PostNormBlock):
         inputs = {"ln1": lambda t: t[pre] + t[attn_out], "ln2": lambda t: t[mid] + t[mlp_out]}
+    if isinstance(block, BertBlock):
+        inputs = {"ln1": lambda t: t[mid], "ln2": lambda t: t[f"{name}.hook_resid_post"]}
     attn = block.attn
     if isinstance(attn, Attention):
         inputs["ln1_post"] = lambda t: from_heads(

@@ -17,6 +17,7 @@ from hookedlm.convert.check import positions_of
 from hookedlm.convert.prepare import Prepared
 from hookedlm.errors import InputError
 from hookedlm.layers.context import Context
+from hookedlm.past_key_values import HookedTransformerKeyValueCache
 
 KEPT = 4
 """Shapes whose contexts are kept: a sweep alternates between one or two."""
@@ -60,24 +61,34 @@ class Driver:
         self, mask: Tensor | None, n_new: int, past: int, cache: Any
     ) -> Int[Tensor, "batch all_pos"] | None:
         """The mask over cached and new positions; raises InputError if lengths don't fit."""
-        remembered = None if cache is None else self._masks.get(cache)
-        if mask is None and (remembered is None or bool(remembered.all())):
+        remembered = self._remembered(cache)
+        if mask is None and remembered is None:
             return None
         if mask is None:
-            assert remembered is not None
             mask = remembered.new_ones(remembered.shape[0], n_new)
         mask = mask.long()
         if past and mask.shape[1] == n_new:
             before = remembered if remembered is not None else mask.new_ones(mask.shape[0], past)
-            mask = torch.cat([before[:, -past:].to(mask.device), mask], dim=1)
+            # A pass that failed, or an embedding without its pass, left a longer mask than keys.
+            mask = torch.cat([before[:, :past].to(mask.device), mask], dim=1)
         if mask.shape[1] != past + n_new:
             raise InputError(
                 f"attention_mask has {mask.shape[1]} positions; expected {n_new} for the new tokens"
                 + (f" or {past + n_new} with the {past} cached ones" if past else "")
             )
+        if isinstance(cache, HookedTransformerKeyValueCache):
+            cache.remember_mask(mask)
+            return mask if (mask == 0).any() else None
         if cache is not None:
             self._masks[cache] = mask
         return mask
+
+    def _remembered(self, cache: Any) -> Int[Tensor, "batch past_pos"] | None:
+        """Which cached positions are real; None if all are."""
+        if isinstance(cache, HookedTransformerKeyValueCache):
+            return cache.previous_attention_mask
+        mask = None if cache is None else self._masks.get(cache)
+        return None if mask is None or bool(mask.all()) else mask
 
     def positions(
         self, mask: Tensor | None, n_new: int, past: int, device: torch.device

@@ -109,7 +109,7 @@ def load_layers(
     if tokenizer is None:
         if path is None:  # a module, which may have been given a name beside it
             path, local = (_name_of(hf_model), True) if model is hf_model else resolve(name)
-        tokenizer = _tokenizer(path, local, revision)
+        tokenizer = load_tokenizer(path, local, revision)
     fields = config_fields(conversion, name.rstrip("/").split("/")[-1])
     fields |= {"dtype": dtype_of(hf_model), "device": str(next(hf_model.parameters()).device)}
     if n_ctx is not None:
@@ -153,7 +153,7 @@ def _from_files(
         if first_n_layers is not None:
             where = {k: v for k, v in options.items() if k != "dtype"}
             config = AutoConfig.from_pretrained(path, **where)
-            options["config"] = _shortened(config, first_n_layers)
+            options["config"] = shortened(config, first_n_layers)
         with _without_advice(first_n_layers is not None):
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, output_loading_info=True, **options
@@ -192,7 +192,8 @@ def _without_advice(wanted: bool) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _shortened(config: Any, n: int) -> Any:
+def shortened(config: Any, n: int) -> Any:
+    """``config`` with its first ``n`` layers, in place; raises LoadError if it has fewer."""
     text = config.get_text_config()
     if not 0 < n <= text.num_hidden_layers:
         raise LoadError(f"first_n_layers={n}: this model has {text.num_hidden_layers} layers")
@@ -200,7 +201,7 @@ def _shortened(config: Any, n: int) -> Any:
     return config
 
 
-def _tokenizer(path: str, local: bool, revision: str | None) -> Any:
+def load_tokenizer(path: str, local: bool, revision: str | None) -> Any:
     """The tokenizer kept beside a model, or None when there is none to be had."""
     if local and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         return None  # transformers would make an empty one up

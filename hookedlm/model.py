@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache
 
 from hookedlm.axes import LOGITS, STREAM
 from hookedlm.caching import CachingMethods
@@ -18,21 +16,22 @@ from hookedlm.driver import Driver, Preparer
 from hookedlm.errors import InputError
 from hookedlm.generation import GenerationMethods
 from hookedlm.hooks import HookPoint
+from hookedlm.inputs import Input, InputMethods, Stream, Tokens
+from hookedlm.layers.block import AttentionBranch
 from hookedlm.layers.embed import Embed, PosEmbed, Unembed
 from hookedlm.loss import lm_cross_entropy_loss
 from hookedlm.missing import why_missing
 from hookedlm.placing import PlacingMethods
 from hookedlm.pretrained import PretrainedMethods
+from hookedlm.processing import ProcessingMethods
 from hookedlm.root import HookedRootModule
+from hookedlm.samples import SampleMethods
 from hookedlm.tokens import TokenMethods
 from hookedlm.toy import build_layers, init_weights
 from hookedlm.weights import WeightMethods
 
-Tokens = Int[Tensor, "batch pos"]
-Stream = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch pos d_vocab"]
 Loss = Float[Tensor, "..."]
-Input = str | Sequence[str] | Tokens | Int[Tensor, "pos"] | Stream
 ReturnType = Literal["logits", "loss", "both"] | None
 RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -46,8 +45,11 @@ class Output(NamedTuple):
 
 class HookedTransformer(
     PretrainedMethods,
+    ProcessingMethods,
     CachingMethods,
     GenerationMethods,
+    SampleMethods,
+    InputMethods,
     TokenMethods,
     WeightMethods,
     PlacingMethods,
@@ -99,6 +101,7 @@ class HookedTransformer(
         self.ln_final: nn.Module | None = layers.ln_final
         self.unembed: Unembed | None = layers.unembed
         self.hook_logits = HookPoint(LOGITS)
+        self.set_ungroup_grouped_query_attention(self.cfg.ungroup_grouped_query_attention)
         self.setup()
 
     def init_weights(self) -> None:
@@ -131,10 +134,13 @@ class HookedTransformer(
         is computed. Raises InputError on arguments that make no sense for this model.
         """
         start, stop = self._check(return_type, start_at_layer, stop_at_layer)
+        if self._ungrouped != self.cfg.ungroup_grouped_query_attention:  # set on the config
+            self.set_ungroup_grouped_query_attention(not self._ungrouped)
         tokens, mask, stream = self._read_input(
             input, prepend_bos, padding_side, start_at_layer, tokens, attention_mask
         )
-        past = _cached_positions(past_kv_cache)
+        given = tokens if stream is None else stream
+        past = self.get_pos_offset(past_kv_cache, given.shape[0])
         self.run_state.pos_offset = past
         stream, prepared = self._enter(
             tokens, stream, mask, past, past_kv_cache, shortformer_pos_embed
@@ -160,127 +166,6 @@ class HookedTransformer(
             if layer is not None and not -n <= layer <= n:
                 raise InputError(f"{name}={layer}: this model's {n} layers allow {-n} to {n}")
         return first, max(first, last)
-
-    def _read_input(
-        self,
-        input: Input,
-        prepend_bos: bool | None,
-        padding_side: Literal["left", "right"] | None,
-        start_at_layer: int | None,
-        tokens: Tokens | None,
-        attention_mask: Tensor | None,
-    ) -> tuple[Tokens | None, Tensor | None, Stream | None]:
-        """(tokens, mask of real positions or None if all are, stream if that is the input)."""
-        if isinstance(input, (str, list, tuple)):
-            if start_at_layer is not None:
-                raise InputError("start_at_layer wants the residual stream as input, not text")
-            tokens, known = self.to_tokens_and_mask(input, prepend_bos, padding_side)
-            mask = known if attention_mask is None else _of_batch(attention_mask, len(known))
-            return tokens.to(self.device), self._unless_full(mask), None
-        if not isinstance(input, Tensor):
-            raise InputError(f"input is {type(input).__name__}: expected text, tokens or a stream")
-        if start_at_layer is not None or input.is_floating_point():
-            self._check_stream(input, start_at_layer)
-            return tokens, self._unless_full(_of_batch(attention_mask, input.shape[0])), input
-        if input.ndim not in (1, 2) or input.dtype not in (torch.long, torch.int, torch.int16):
-            raise InputError(
-                f"input of shape {tuple(input.shape)} and dtype {input.dtype}: tokens are integers "
-                "[batch, pos] or [pos]"
-            )
-        given = input if input.ndim == 2 else input[None]
-        self._check_ids(given)
-        given = given.to(self.device, torch.long)
-        if attention_mask is None and self._pads_left(padding_side) and given.shape[0] > 1:
-            attention_mask = self.padding_mask(given, "left")
-        return given, self._unless_full(_of_batch(attention_mask, given.shape[0])), None
-
-    def _check_ids(self, tokens: Tensor) -> None:
-        if tokens.shape[1] == 0:
-            raise InputError(f"input of shape {tuple(tokens.shape)} has no positions")
-        if tokens.device.type != "cpu":  # looking would make the CPU wait for the device
-            return
-        low, high = tokens.aminmax()
-        if low < 0 or high >= self.cfg.d_vocab:
-            raise InputError(
-                f"token ids must be from 0 to {self.cfg.d_vocab - 1}, got {int(low)} to {int(high)}"
-            )
-
-    def _check_stream(self, stream: Tensor, start_at_layer: int | None) -> None:
-        if start_at_layer is None:
-            raise InputError(
-                "the input is a float tensor. To run from a residual stream say at which layer it "
-                "enters: start_at_layer=0 for the sum of embeddings."
-            )
-        if stream.ndim != 3 or stream.shape[-1] != self.cfg.d_model:
-            raise InputError(
-                f"start_at_layer wants a stream [batch, pos, {self.cfg.d_model}], got "
-                f"{tuple(stream.shape)}"
-            )
-
-    def _pads_left(self, padding_side: str | None) -> bool:
-        return self.tokenizer is not None and (padding_side or self.default_padding_side) == "left"
-
-    def _unless_full(self, mask: Tensor | None) -> Tensor | None:
-        if mask is None or bool((mask != 0).all()):
-            return None
-        return (mask != 0).long().to(self.device)
-
-    def _enter(
-        self,
-        tokens: Tokens | None,
-        stream: Stream | None,
-        mask: Tensor | None,
-        past: int,
-        cache: Any,
-        shortformer_pos_embed: Stream | None,
-    ) -> tuple[Stream, Any]:
-        """The stream entering the first block to run, and the contexts of all."""
-        given = stream if stream is not None else tokens
-        assert given is not None
-        n_new = given.shape[1]
-        mask = self.driver.full_mask(mask, n_new, past, cache)
-        positions = self.driver.positions(mask, n_new, past, given.device)
-        pos_embed = shortformer_pos_embed
-        if stream is None and self.embed is not None:
-            stream, pos_embed = self._embedded(given, positions, past)
-        try:
-            prepared = self.driver.prepare(
-                stream=stream,
-                tokens=tokens,
-                mask=mask,
-                position_ids=positions,
-                cache=cache,
-                pos_embed=pos_embed,
-            )
-        except IndexError as error:  # a table of rotations that ends (GPT-J)
-            if past + n_new <= self.cfg.n_ctx:
-                raise
-            raise InputError(
-                f"{past + n_new} positions, but this model knows {self.cfg.n_ctx} (cfg.n_ctx)"
-            ) from error
-        if stream is None:  # only Hugging Face's own code knows how to embed
-            stream = self.hook_embed(prepared.stream)
-        return stream, prepared
-
-    def _embedded(
-        self, tokens: Tokens, positions: Int[Tensor, "batch pos"], past: int
-    ) -> tuple[Stream, Stream | None]:
-        """(stream, position embedding if it stays apart from the stream)."""
-        if self.cfg.use_hook_tokens:
-            tokens = self.hook_tokens(tokens)
-        embedded = self.hook_embed(self.embed(tokens))
-        if self.pos_embed is None:
-            return embedded, None
-        if past + tokens.shape[1] > self.pos_embed.W_pos.shape[0]:
-            raise InputError(
-                f"{past + tokens.shape[1]} positions, but this model has position embeddings for "
-                f"{self.pos_embed.W_pos.shape[0]} (cfg.n_ctx)"
-            )
-        places = self.pos_embed(positions).expand(embedded.shape)
-        places = self.hook_pos_embed(places)
-        if self.cfg.positional_embedding_type == "shortformer":
-            return embedded, places
-        return embedded + places, None
 
     def _last_needed(self) -> int:
         """How many blocks must run when nobody asked for logits: up to the last one hooked."""
@@ -394,6 +279,17 @@ class HookedTransformer(
         """Whether ``hook_mlp_in`` is part of a full cache; hooking it works either way."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Whether `hook_k`, `hook_v`, `hook_rot_k`, `hook_k_input` and `hook_v_input` have a head
+        for every query head, each to be edited alone, where queries are grouped.
+
+        What the model computes stays the same. A key-value cache belongs to one setting.
+        """
+        self.cfg.ungroup_grouped_query_attention = self._ungrouped = ungroup_grouped_query_attention
+        for block in self.blocks:
+            if isinstance(block, AttentionBranch):
+                block.ungroup(ungroup_grouped_query_attention)
+
     def fidelity(self) -> Fidelity:
         """How every part compared with Hugging Face's when this model was loaded; print it.
 
@@ -402,29 +298,3 @@ class HookedTransformer(
         if self.conversion is None:
             raise InputError("this model was built from a config: there is no original to compare")
         return self.conversion
-
-
-def _of_batch(mask: Tensor | None, n_rows: int) -> Tensor | None:
-    """A mask ``[batch, pos]``, or ``[pos]`` for a single row; raises InputError on others."""
-    if mask is None:
-        return None
-    if mask.ndim == 1 and n_rows == 1:
-        mask = mask[None]
-    if mask.ndim != 2 or mask.shape[0] != n_rows:
-        raise InputError(
-            f"attention_mask of shape {tuple(mask.shape)}: expected [{n_rows}, pos], 1 at real "
-            "tokens and 0 at padding"
-        )
-    return mask
-
-
-def _cached_positions(cache: Any) -> int:
-    """How many positions a key-value cache holds already."""
-    if cache is None:
-        return 0
-    if not isinstance(cache, Cache):
-        raise InputError(
-            f"past_kv_cache is {type(cache).__name__}: expected a transformers Cache, for instance "
-            "DynamicCache()"
-        )
-    return int(cache.get_seq_length())

@@ -23,6 +23,16 @@ IGNORED_KEYS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
 """Buffers of TransformerLens state dicts that have no counterpart here."""
 
 
+def canonical_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict by this library's names: ``_W_K`` (grouped queries in TransformerLens) is
+    ``W_K``, and TransformerLens' buffers are left out."""
+    return {
+        name.replace("attn._", "attn."): value
+        for name, value in state_dict.items()
+        if not name.endswith(IGNORED_KEYS)
+    }
+
+
 class StorageMap:
     """Applies a function to whole storages and hands out the views on the results."""
 
@@ -74,9 +84,19 @@ class PlacingMethods(nn.Module):
         self.cfg.device, self.cfg.dtype = str(self.device), self.dtype
         return result
 
-    def to(self: HookedTransformer, *args: Any, print_details: bool = False, **kwargs: Any) -> Any:
-        """Move to a device and/or cast to a dtype, as ``nn.Module.to``; cfg follows."""
-        return nn.Module.to(self, *args, **kwargs)
+    def to(
+        self: HookedTransformer,
+        *args: Any,
+        device_or_dtype: torch.device | str | torch.dtype | None = None,
+        print_details: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Move to a device and/or cast to a dtype, as ``nn.Module.to``; cfg follows.
+
+        ``device_or_dtype`` is TransformerLens' name of the first argument. Nothing is printed.
+        """
+        first = () if device_or_dtype is None else (device_or_dtype,)
+        return nn.Module.to(self, *first, *args, **kwargs)
 
     def cuda(self: HookedTransformer, device: int | torch.device | None = None) -> Any:
         """Move to a CUDA device."""
@@ -89,6 +109,14 @@ class PlacingMethods(nn.Module):
     def mps(self: HookedTransformer) -> Any:
         """Move to Apple's GPU."""
         return self.to("mps")
+
+    def move_model_modules_to_device(self: HookedTransformer) -> None:
+        """Move everything to ``cfg.device``. Raises NotImplementedError for several devices."""
+        if self.cfg.n_devices != 1:
+            raise NotImplementedError(
+                f"cfg.n_devices={self.cfg.n_devices}: a model stands on one device here"
+            )
+        self.to(self.cfg.device)
 
     def train(self: HookedTransformer, mode: bool = True) -> Any:
         """Training mode. There is no dropout here; opaque parts may have some."""
@@ -110,11 +138,7 @@ class PlacingMethods(nn.Module):
         rotary buffers ignored. ``strict`` refuses missing and unknown names. Weights that are one
         here (a tied embedding) and two in the dictionary become two.
         """
-        renamed = {
-            name.replace("attn._", "attn."): value
-            for name, value in state_dict.items()
-            if not name.endswith(IGNORED_KEYS)
-        }
+        renamed = canonical_names(state_dict)
         self._untie(renamed)
         return nn.Module.load_state_dict(self, renamed, strict=strict, assign=assign)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from hookedlm import transforms
-from hookedlm.errors import ProcessingError
 from hookedlm.loading import load_layers
 
 if TYPE_CHECKING:
@@ -20,7 +17,7 @@ Side = Literal["left", "right"]
 
 
 class PretrainedMethods:
-    """`load`, `from_pretrained`, and the processing of weights as methods."""
+    """`load` and `from_pretrained`."""
 
     @classmethod
     def load(
@@ -106,6 +103,7 @@ class PretrainedMethods:
             center_unembed,
             refactor_factored_attn_matrices,
             fold_value_biases=fold_value_biases,
+            stacklevel=3,
         )
         return hooked
 
@@ -136,44 +134,3 @@ class PretrainedMethods:
             default_padding_side=default_padding_side,
             **from_pretrained_kwargs,
         )
-
-    # Processing -----------------------------------------------------------------------------------
-
-    def process_weights_(
-        self: HookedTransformer,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-        *,
-        fold_value_biases: bool = True,
-    ) -> None:
-        """TransformerLens' processing, in its order; what can't be done here is warned of once."""
-        wanted = (
-            (fold_ln, transforms.fold_ln),
-            (center_writing_weights, transforms.center_writing_weights),
-            (center_unembed, transforms.center_unembed),
-            (fold_value_biases, transforms.fold_value_biases),
-            (refactor_factored_attn_matrices, transforms.refactor_factored_attn_matrices),
-        )
-        skipped = []
-        for wants, transform in wanted:
-            if not wants:
-                continue
-            try:
-                record = transform(self)
-            except ProcessingError as error:
-                skipped.append(str(error))
-            else:
-                skipped += [f"{record.name}: {reason}" for reason in record.skipped[:1]]
-        if skipped:
-            warnings.warn(
-                "some processing does not apply to this model and was left out: "
-                + " | ".join(skipped)
-                + " Pass the matching argument as False to say so yourself.",
-                stacklevel=3,
-            )
-
-    def remove_layernorm(self: HookedTransformer) -> None:
-        """Take out the norms of a model trained to do without (`transforms.remove_layernorm`)."""
-        transforms.remove_layernorm(self)

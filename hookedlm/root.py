@@ -30,6 +30,7 @@ HookSpec = tuple[str | Callable[[str], bool], HookFn]
 """(where, function), as in ``fwd_hooks=[("blocks.0.attn.hook_z", fn)]``."""
 
 Anywhere = Literal["fwd", "bwd", "both"]
+DeviceType = torch.device | str | None
 
 
 def names_given(names: NamesFilter) -> set[str]:

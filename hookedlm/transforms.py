@@ -61,12 +61,15 @@ class Reader:
 @torch.no_grad()
 def probe(model: HookedTransformer) -> Tensor:
     """Log-probabilities of a small padded batch, real positions only."""
+    # Here, as that module imports this one. Not model(tokens): a subclass may return what it likes.
+    from hookedlm import model as whole
+
     n = min(9, model.cfg.n_ctx)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(model.cfg.d_vocab, (2, n), generator=generator).to(model.device)
     mask = torch.ones_like(tokens)
     mask[1, : n // 3] = 0
-    logits = model(tokens, attention_mask=mask)
+    logits = whole.HookedTransformer.forward(model, tokens, attention_mask=mask)
     return logits[mask.bool()].float().log_softmax(-1)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookedlm.errors import WeightError
-from hookedlm.factored_matrix import FactoredMatrix
+from hookedlm.cache.ledger import Renorm, Write, ledger
+from hookedlm.errors import InputError, WeightError
+from hookedlm.factored_matrix import FactoredMatrix, widened
+from hookedlm.layers.attention import Attention
 from hookedlm.layers.attention_math import repeat_heads
+from hookedlm.layers.mlp import MLP, GatedMLP
+from hookedlm.layers.moe import MoE
+from hookedlm.layers.norm import Norm, Same
+from hookedlm.spec import BlockSpec
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -161,9 +167,108 @@ class WeightMethods:
         """``W_V W_O [layer, head, d_model, d_model]``: what each head moves."""
         return FactoredMatrix(self.W_V, self.W_O)
 
+    # What follows from them -----------------------------------------------------------------------
+
+    def accumulated_bias(
+        self: HookedTransformer,
+        layer: int,
+        mlp_input: bool = False,
+        include_mlp_biases: bool = True,
+    ) -> Float[Tensor, "d_model"]:
+        """What stands in the stream entering ``layer`` besides embeddings, heads and neurons: the
+        sum of the output biases below, residual multipliers included.
+
+        ``mlp_input``: entering the MLP of ``layer`` (behind its attention, unless the block is
+        parallel). ``include_mlp_biases=False`` leaves ``b_out`` out. Raises InputError where there
+        is no such constant, because a bias passes a norm whose scale depends on the input: there
+        `ActivationCache.get_full_resid_decomposition` has it for each position, as "bias".
+        """
+        n = len(self.blocks)
+        if not 0 <= layer <= n - mlp_input:
+            raise InputError(
+                f"accumulated_bias({layer}, mlp_input={mlp_input}): expected a layer from 0 to "
+                f"{n - mlp_input}"
+            )
+        total = torch.zeros(self.cfg.d_model, dtype=self.dtype, device=self.device)
+        for step in ledger(self, layer, mlp_input):
+            if isinstance(step, Renorm):
+                total = self._renormed_bias(step, total)
+            elif include_mlp_biases or step.kind != "mlp":
+                total = total + self._constant_of(step)
+        return total
+
+    def _renormed_bias(self: HookedTransformer, step: Renorm, total: Tensor) -> Tensor:
+        norm = self.mod_dict[step.name]
+        if isinstance(norm, Same):
+            return total
+        if not isinstance(norm, Norm) or total.any():
+            raise InputError(f"{step.name} norms the stream, biases included. {NO_CONSTANT}")
+        b = norm.live("b")
+        return total if b is None else b
+
+    def _constant_of(self: HookedTransformer, write: Write) -> Tensor | float:
+        """What a part adds to the stream when its heads or neurons say nothing."""
+        block = self.blocks[write.layer]
+        part = block._modules.get(write.kind)
+        if isinstance(part, Attention):
+            b = part.live("b_O")
+        elif isinstance(part, (MLP, GatedMLP)):
+            b = part.live("b_out")
+        elif isinstance(part, MoE) and not _has_output_bias(part, self.cfg.d_model):
+            b = None
+        else:
+            kind = "adds its biases as it routes" if isinstance(part, MoE) else "is not uniform"
+            raise InputError(f"blocks.{write.layer}.{write.kind} {kind}. {NO_CONSTANT}")
+        norm = self.mod_dict[write.inner_norm]
+        if isinstance(norm, Norm):
+            if b is not None and b.any():
+                raise InputError(f"the bias before {write.inner_norm} passes it. {NO_CONSTANT}")
+            b = norm.live("b")
+        spec: BlockSpec = vars(block)["spec"]
+        return 0.0 if b is None else b * spec.residual_scale
+
+    @torch.no_grad()
+    def all_composition_scores(
+        self: HookedTransformer, mode: Literal["Q", "K", "V"]
+    ) -> Float[Tensor, "layer head later_layer later_head"]:
+        """How much of what a head writes a later head reads, through its queries, keys or values:
+        ``|OV₁ M₂| / (|OV₁| |M₂|)`` in Frobenius norms, M being QK, its transpose, or OV.
+
+        Zero unless the second head's layer is later. Weights are taken as they are: a norm's weight
+        between the two counts only once it is folded, and a post-norm or residual multiplier never.
+        Source: "A Mathematical Framework for Transformer Circuits" (2021). Raises InputError for
+        another ``mode``, WeightError where attention is not uniform.
+        """
+        if mode not in ("Q", "K", "V"):
+            raise InputError(f"mode={mode!r}: expected 'Q', 'K' or 'V'")
+        read = self.OV if mode == "V" else self.QK if mode == "Q" else self.QK.T
+        # An orthonormal factor on the outside changes no norm: what remains is d_head on that side.
+        writes = torch.linalg.qr(widened(self.W_V))[1] @ widened(self.W_O)
+        reads = widened(read.A) @ torch.linalg.qr(widened(read.B).mT)[1].mT
+        n_layers, n_heads = writes.shape[:2]
+        scores = writes.new_zeros(n_layers, n_heads, n_layers, n_heads)
+        for layer in range(n_layers - 1):
+            both = torch.einsum("hed,lgdf->hlgef", writes[layer], reads[layer + 1 :])
+            scores[layer, :, layer + 1 :] = torch.linalg.matrix_norm(both)
+        sizes = [torch.linalg.matrix_norm(x) for x in (writes, reads)]
+        product = sizes[0][:, :, None, None] * sizes[1]
+        return scores / product.clamp(min=torch.finfo(product.dtype).tiny)
+
     def all_head_labels(self: HookedTransformer) -> list[str]:
         """``["L0H0", "L0H1", ...]``."""
         return [f"L{i}H{h}" for i in range(self.cfg.n_layers) for h in range(self.cfg.n_heads)]
+
+
+NO_CONSTANT = (
+    "What it adds differs from position to position: see cache.get_full_resid_decomposition()."
+)
+
+
+def _has_output_bias(moe: MoE, d_model: int) -> bool:
+    return any(
+        parameter.ndim == 2 and parameter.shape[1] == d_model and bool(parameter.any())
+        for parameter in moe.experts.parameters(recurse=False)
+    )
 
 
 def _weight_of(module: Any, name: str) -> Tensor | None:

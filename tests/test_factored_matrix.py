@@ -1,5 +1,8 @@
 """FactoredMatrix against the same operations on the dense product."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -288,3 +291,14 @@ def test_factors_that_do_not_fit_are_refused_in_words():
         f * torch.ones(2)
     with pytest.raises(TypeError):
         f @ 3
+
+
+def test_nothing_keeps_a_matrix_alive():
+    """Singular values are kept with the matrix, not in a table of matrices."""
+    f = FactoredMatrix(torch.randn(3, 5, 2), torch.randn(3, 2, 4))
+    first = f.svd()
+    assert f.svd() is first
+    gone = weakref.ref(f)
+    del f
+    gc.collect()
+    assert gone() is None

@@ -114,7 +114,7 @@ def run(cfg, layers, tokens, attention_mask=None, hooked=False, splits=False):
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     extra = {}
     if layers.pos_embed is not None:
-        places = layers.pos_embed(positions).expand(x.shape)
+        places = layers.pos_embed.at(positions).expand(x.shape)
         if cfg.positional_embedding_type == "shortformer":
             extra = {"pos_embed": places}
         else:
@@ -376,7 +376,7 @@ def test_after_a_cache_the_contexts_continue(option, padded, n_new):
 
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     x = layers.embed(tokens)
-    places = layers.pos_embed(positions) if layers.pos_embed is not None else None
+    places = layers.pos_embed.at(positions) if layers.pos_embed is not None else None
     apart = cfg.positional_embedding_type == "shortformer"
     if places is not None and not apart:
         x = x + places

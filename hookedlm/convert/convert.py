@@ -91,7 +91,7 @@ def _converted(model: nn.Module, strict: bool) -> Conversion:
     embed, pos_embed = _embedding(own, row, config, truth, fidelity)
     truths = [truth, run_truth(own, layers, d_vocab, padded=False)]
     blocks, calls = _blocks(layers, row, config, truths, fidelity)
-    ln_final, unembed = _reading_out(own, row, config)
+    ln_final, unembed = reading_out(own, row, config)
     conversion = Conversion(
         own,
         row,
@@ -133,7 +133,7 @@ def _embedding(
     with torch.no_grad():
         stream = embed(truth.tokens)
         if pos_embed is not None:
-            stream = stream + pos_embed(truth.position_ids)
+            stream = stream + pos_embed.at(truth.position_ids)
     agreement = compare(stream, truth.calls[0].hidden, truth.real)
     if within(agreement, stream.dtype):
         fidelity.parts.append(PartReport("embed", "uniform", agreement))
@@ -174,7 +174,7 @@ def _block(
         routed = isinstance(reading.mlp, MoEReading)
         if within(quiet, dtype) and within(listening, dtype, reroutes=routed):
             reason = "; ".join([*reading.notes, *_opaque_reasons(reading)])
-            return block, call, PartReport(where, _form(reading), quiet, listening, reason)
+            return block, call, PartReport(where, form_of(reading), quiet, listening, reason)
         reason = f"read as a uniform block, but {max(quiet.error, listening.error):.1e} away"
     except (
         AssertionError,
@@ -191,7 +191,7 @@ def _block(
     return opaque, call, PartReport(where, "opaque block", quiet, listening, reason)
 
 
-def _form(reading: BlockReading) -> str:
+def form_of(reading: BlockReading) -> str:
     opaque = [
         what
         for what, part in (
@@ -235,7 +235,7 @@ def _call_of(module: nn.Module, row: Row, reading: BlockReading) -> BlockCall:
     )
 
 
-def _reading_out(
+def reading_out(
     own: nn.Module, row: Row, config: ConfigReads
 ) -> tuple[nn.Module | None, Unembed | None]:
     """The final norm and the unembedding, or (None, None) when they are not plain."""

@@ -50,9 +50,13 @@ class XIELU(nn.Module):
         self.alpha_n.fill_(inverse_softplus(self.A_N - self.BETA))
 
     def forward(self, x: Neurons) -> Neurons:
-        a_p, a_n = F.softplus(self.alpha_p), self.BETA + F.softplus(self.alpha_n)
-        below = torch.expm1(x.clamp(max=self.EPS)) - x
-        return torch.where(x > 0, a_p * x * x, a_n * below) + self.BETA * x
+        return xielu(x, F.softplus(self.alpha_p), self.BETA + F.softplus(self.alpha_n))
+
+
+def xielu(x: Neurons, a_p: Tensor | float = XIELU.A_P, a_n: Tensor | float = XIELU.A_N) -> Neurons:
+    """`XIELU` with these coefficients, by default the ones it starts from."""
+    below = torch.expm1(x.clamp(max=XIELU.EPS)) - x
+    return torch.where(x > 0, a_p * x * x, a_n * below) + XIELU.BETA * x
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,6 +70,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 """Those without parameters."""
+
+ACTIVATION_FN_DICT = {**ACTIVATIONS, "xielu": xielu}
+"""All as plain functions, as `transformer_lens.utils` has them."""
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:

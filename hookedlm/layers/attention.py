@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hookedlm.axes import KEY, PER_HEAD, QUERY, SCORES
+from hookedlm.axes import KEY, PER_HEAD, QUERY, SCORES, split_axes
 from hookedlm.hooks import HookPoint
 from hookedlm.layers import attention_math as math
 from hookedlm.layers.context import Context
@@ -58,6 +58,7 @@ class Attention(Weights):
         self.rotate = rotate if spec.rotary else None
         self.fused = tensors.fused
         self._always_longhand = spec.longhand
+        self.ungrouped = False
         d_model = tensors.W_Q.shape[1]
         for name in ("W_Q", "W_K", "W_V", "W_O"):
             self.put(name, vars(tensors)[name], None, "")
@@ -76,6 +77,21 @@ class Attention(Weights):
         self.hook_z = HookPoint(QUERY)
         self.hook_result = HookPoint(PER_HEAD, on_demand=True)
 
+    def ungroup(self, ungrouped: bool) -> None:
+        """Whether hooks see keys and values once for every query head, each to be edited alone."""
+        self.ungrouped = ungrouped and self.spec.n_kv_heads < self.spec.n_heads
+        for point in self._key_points():
+            point.axes = split_axes(QUERY if self.ungrouped else KEY)
+
+    def _key_points(self) -> list[HookPoint]:
+        rotated = [] if self.rotate is None else [self.hook_rot_k]
+        return [self.hook_k, self.hook_v, *rotated]
+
+    @property
+    def n_key_heads(self) -> int:
+        """How many heads keys and values have for hooks: one for every query head if ungrouped."""
+        return self.spec.n_heads if self.ungrouped else self.spec.n_kv_heads
+
     def forward(
         self,
         x_q: Float[Tensor, "batch pos *head d_model"],
@@ -85,6 +101,11 @@ class Attention(Weights):
     ) -> Float[Tensor, "batch pos d_model"]:
         """What attention adds to the stream (before a post-norm); inputs are normed streams."""
         q, k, v = self._project_in(x_q, x_k, x_v)
+        # A key-value cache keeps what hooks may have edited: one kind of heads, listened to or not.
+        if self.ungrouped and (
+            ctx.remember is not None or any(point.wanted for point in self._key_points())
+        ):
+            k, v = self._per_query_head(k), self._per_query_head(v)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rotate is not None:
@@ -108,8 +129,8 @@ class Attention(Weights):
         p = self._parameters
         if x_q.ndim == 4:  # a stream for every head
             q = per_head_into_heads(x_q, self.W_Q, p["b_Q"])
-            k = per_head_into_heads(x_k, self.W_K, p["b_K"])
-            v = per_head_into_heads(x_v, self.W_V, p["b_V"])
+            k = self._keys_from_copies(x_k, self.W_K, p["b_K"])
+            v = self._keys_from_copies(x_v, self.W_V, p["b_V"])
         else:
             q, k, v = self._fused_projection(x_q) or (
                 into_heads(x_q, self.W_Q, p["b_Q"]),
@@ -117,6 +138,15 @@ class Attention(Weights):
                 into_heads(x_v, self.W_V, p["b_V"]),
             )
         return self._normed(q, k, v)
+
+    def _keys_from_copies(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        n = x.shape[2]  # more than W has where heads are ungrouped
+        b = None if b is None else math.repeat_heads(b, n, dim=0)
+        return per_head_into_heads(x, math.repeat_heads(W, n, dim=0), b)
+
+    def _per_query_head(self, x: Tensor) -> Tensor:
+        """Keys or values with a head of its own, not a view, for every query head."""
+        return x.repeat_interleave(self.spec.n_heads // x.shape[2], dim=2)
 
     def _fused_projection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.fused is None:
@@ -137,15 +167,23 @@ class Attention(Weights):
         spec = self.spec
         if spec.qk_norm == "full":
             q = self.q_norm(q.flatten(2)).view(q.shape)
-            k = self.k_norm(k.flatten(2)).view(k.shape)
+            k = self._each_group(k, lambda k: self.k_norm(k.flatten(2)).view(k.shape))
         if spec.clip is not None:
             q, k, v = (x.clamp(min=-spec.clip, max=spec.clip) for x in (q, k, v))
         if spec.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         elif spec.qk_norm == "module":
             q = self.q_norm(q.transpose(1, 2)).transpose(1, 2)
-            k = self.k_norm(k.transpose(1, 2)).transpose(1, 2)
+            k = self._each_group(k, lambda k: self.k_norm(k.transpose(1, 2)).transpose(1, 2))
         return q, k, v
+
+    def _each_group(self, k: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """A norm over all key heads together, when there is a key for every query head: the first
+        key of each group is normed with the first of the others, and so on."""
+        n = k.shape[2] // self.spec.n_kv_heads
+        if n == 1:
+            return norm(k)
+        return torch.stack([norm(k[:, :, i::n]) for i in range(n)], dim=3).flatten(2, 3)
 
     # Attend ---------------------------------------------------------------------------------------
 

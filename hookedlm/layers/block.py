@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hookedlm.axes import PER_HEAD, PER_KV_HEAD, STREAM
+from hookedlm.axes import PER_HEAD, PER_KV_HEAD, STREAM, split_axes
 from hookedlm.hooks import HookPoint
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.context import Context
@@ -29,7 +29,7 @@ from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm, Same, Times
 from hookedlm.layers.opaque import OpaqueAttention, OpaqueMixer, OpaqueMLP
-from hookedlm.spec import AttentionSpec, BlockSpec
+from hookedlm.spec import BlockSpec
 
 Stream = Float[Tensor, "batch pos d_model"]
 SAME = Same()
@@ -81,6 +81,13 @@ class AttentionBranch(nn.Module):
         self.mlp_scale: nn.Module = Same() if factor == 1.0 else Times(factor)
         self.hook_mlp_out = HookPoint(STREAM, shares=parts.ln2_post is not None)
 
+    def ungroup(self, ungrouped: bool) -> None:
+        """Whether hooks see one key and one value for every query head."""
+        if isinstance(self.attn, Attention):
+            self.attn.ungroup(ungrouped)
+            axes = split_axes(PER_HEAD if self.attn.ungrouped else PER_KV_HEAD)
+            self.hook_k_input.axes = self.hook_v_input.axes = axes
+
     def _splits_wanted(self) -> bool:
         return any(point.wanted for point in self._splits)
 
@@ -94,10 +101,10 @@ class AttentionBranch(nn.Module):
 
     def _copies(self, resid: Stream, norm: nn.Module) -> list[Tensor]:
         """Normed copies of the stream, one for every head to read, for q, k and v."""
+        assert isinstance(self.attn, Attention)  # only uniform attention has split inputs
         spec = self.attn.spec
-        assert isinstance(spec, AttentionSpec)  # only uniform attention has split inputs
         per_head = resid.unsqueeze(2).expand(-1, -1, spec.n_heads, -1)
-        per_kv_head = resid.unsqueeze(2).expand(-1, -1, spec.n_kv_heads, -1)
+        per_kv_head = resid.unsqueeze(2).expand(-1, -1, self.attn.n_key_heads, -1)
         if spec.n_heads == spec.n_kv_heads:
             per_head = per_kv_head = self.hook_attn_in(per_head)
         copies = [

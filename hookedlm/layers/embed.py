@@ -50,7 +50,23 @@ class PosEmbed(Weights):
         super().__init__()
         self.put("W_pos", W_pos, None, "")
 
-    def forward(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        past_kv_pos_offset: int = 0,
+        attention_mask: Int[Tensor, "batch all_pos"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What is added to the embedding of ``tokens``, whatever they are, the first of them at
+        position ``past_kv_pos_offset``. Positions count what ``attention_mask`` says is real."""
+        n = tokens.shape[-1]
+        if attention_mask is None:
+            positions = torch.arange(n, device=tokens.device) + past_kv_pos_offset
+        else:
+            positions = (attention_mask.long().cumsum(-1) - 1)[..., -n:]
+        return self.at(positions.expand(tokens.shape))
+
+    def at(self, positions: Int[Tensor, "*batch pos"]) -> Float[Tensor, "*batch pos d_model"]:
+        """The rows of these positions; what stands before the first has the first one's."""
         return F.embedding(positions.clamp(min=0), self.W_pos)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,25 +55,14 @@ def build_layers(cfg: HookedTransformerConfig) -> Layers:
     With ``cfg.init_weights=False`` all weights are zero (those of norms one).
     """
     cfg.check_buildable()
-    make = _Make(cfg)
-    learned = cfg.positional_embedding_type in ("standard", "shortformer")
-    W_E = make.new(cfg.d_vocab, cfg.d_model)
-    W_U = W_E if cfg.tie_word_embeddings else make.new(cfg.d_vocab_out, cfg.d_model)
-    final = make.norm_spec("RMS") if cfg.final_rms and make.norms is not None else make.norms
-    softcap = cfg.output_logits_soft_cap
+    make = LayerMaker(cfg)
+    embed = make.embed()
     layers = Layers(
-        embed=Embed(
-            make.weight(W_E),
-            ln=make.norm(make.norm_spec("LN"), True) if cfg.post_embedding_ln else None,
-        ),
-        pos_embed=PosEmbed(make.weight(make.new(cfg.n_ctx, cfg.d_model))) if learned else None,
+        embed=embed,
+        pos_embed=make.pos_embed(),
         blocks=[make.block(layer) for layer in range(cfg.n_layers)],
-        ln_final=make.norm(final, make.norm_weights),
-        unembed=Unembed(
-            make.weight(W_U.t()),
-            make.weight(make.new(cfg.d_vocab_out)),
-            softcap=softcap if softcap > 0 else None,
-        ),
+        ln_final=make.ln_final(),
+        unembed=make.unembed(cast(Tensor, embed.W_E) if cfg.tie_word_embeddings else None),
         preparer=ToyPreparer(cfg),
     )
     if cfg.init_weights:
@@ -80,8 +70,9 @@ def build_layers(cfg: HookedTransformerConfig) -> Layers:
     return layers
 
 
-class _Make:
-    """The parts of a block. Weights are views of the matrices that `F.linear` multiplies with."""
+class LayerMaker:
+    """Single parts, weights zero and norms one. Weights are views of the matrices that `F.linear`
+    multiplies with."""
 
     def __init__(self, cfg: HookedTransformerConfig):
         self.cfg = cfg
@@ -96,6 +87,33 @@ class _Make:
     def weight(self, x: Tensor) -> Tensor:
         """``x`` to be trained (marked last: a view made while autograd is off forgets it)."""
         return x.detach().requires_grad_()
+
+    def embed(self) -> Embed:
+        """The token embedding."""
+        cfg = self.cfg
+        ln = self.norm(self.norm_spec("LN"), True) if cfg.post_embedding_ln else None
+        return Embed(self.weight(self.new(cfg.d_vocab, cfg.d_model)), ln=ln)
+
+    def pos_embed(self) -> PosEmbed | None:
+        """The position embedding; None where positions are not learned."""
+        if self.cfg.positional_embedding_type not in ("standard", "shortformer"):
+            return None
+        return PosEmbed(self.weight(self.new(self.cfg.n_ctx, self.cfg.d_model)))
+
+    def ln_final(self) -> Norm | None:
+        """The norm before the logits; None in models without norms."""
+        final_rms = self.cfg.final_rms and self.norms is not None
+        return self.norm(self.norm_spec("RMS") if final_rms else self.norms, self.norm_weights)
+
+    def unembed(self, W_E: Tensor | None = None) -> Unembed:
+        """The unembedding, tied to ``W_E [d_vocab, d_model]`` if that is given."""
+        cfg, softcap = self.cfg, self.cfg.output_logits_soft_cap
+        W_U = self.new(cfg.d_vocab_out, cfg.d_model) if W_E is None else W_E
+        return Unembed(
+            self.weight(W_U.t()),
+            self.weight(self.new(cfg.d_vocab_out)),
+            softcap=softcap if softcap > 0 else None,
+        )
 
     def norm_spec(self, kind: str) -> NormSpec:
         """LayerNorm or RMSNorm with this model's epsilon."""

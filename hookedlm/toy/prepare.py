@@ -60,7 +60,7 @@ class ToyPreparer:
         if self.shortformer and pos_embed is None:
             raise InputError(
                 "queries and keys of a shortformer model read position embeddings besides the "
-                "stream: give them too, shortformer_pos_embed=model.pos_embed(positions)"
+                "stream: give them too, shortformer_pos_embed=model.pos_embed(tokens)"
             )
         n_new = given.shape[1]
         past = 0 if cache is None else int(cache.get_seq_length())

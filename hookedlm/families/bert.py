@@ -1,0 +1,66 @@
+"""BERT: an encoder; the stream is normed after each addition, every position attends to all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hookedlm.families.row import Place, Row
+
+
+@dataclass(frozen=True)
+class EncoderRow:
+    """Where Hugging Face keeps an encoder's parts: places from the model, ``block`` from a block.
+
+    A model has those of the heads that its class has.
+    """
+
+    block: Row
+    embed: Place
+    pos_embed: Place
+    token_type_embed: Place
+    embed_norm: Place
+    mlm_dense: Place
+    mlm_act: Place
+    mlm_norm: Place
+    unembed: Place
+    pooler: Place
+    nsp: Place
+
+
+BERT = EncoderRow(
+    block=Row(
+        base="bert",
+        blocks="bert.encoder.layer",
+        layout="post_norm",
+        norm="LN",
+        ln1="attention.output.LayerNorm",
+        ln2="output.LayerNorm",
+        attn="attention",
+        q="attention.self.query",
+        k="attention.self.key",
+        v="attention.self.value",
+        o="attention.output.dense",
+        d_head="attention.self.attention_head_size",
+        scale="attention.self.scaling",
+        causal=False,
+        rotary=None,
+        mlp=None,
+        gate=None,
+        up="intermediate.dense",
+        down="output.dense",
+        act="intermediate.intermediate_act_fn",
+    ),
+    embed="bert.embeddings.word_embeddings",
+    pos_embed="bert.embeddings.position_embeddings",
+    token_type_embed="bert.embeddings.token_type_embeddings",
+    embed_norm="bert.embeddings.LayerNorm",
+    mlm_dense="cls.predictions.transform.dense",
+    mlm_act="cls.predictions.transform.transform_act_fn",
+    mlm_norm="cls.predictions.transform.LayerNorm",
+    unembed="cls.predictions.decoder",
+    pooler="bert.pooler.dense",
+    nsp="cls.seq_relationship",
+)
+
+ENCODERS: dict[str, EncoderRow] = {"bert": BERT}
+"""``config.model_type`` -> row."""
