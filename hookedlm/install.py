@@ -65,7 +65,9 @@ def _is_within(module: str, package: str) -> bool:
 
 def _check(name: str, package: ModuleType) -> None:
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise InputError(f"install_as({name!r}): expected one plain name, such as 'transformer_lens'")
+        raise InputError(
+            f"install_as({name!r}): expected one plain name, such as 'transformer_lens'"
+        )
     if name in ORIGINALS or sys.modules.get(name) is package:
         return
     if name in sys.modules or find_spec(name) is not None:

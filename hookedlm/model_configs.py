@@ -172,7 +172,9 @@ def convert_weights(
 
     ``cfg`` need not be given. Raises ConversionError as `hookedlm.load`.
     """
-    return {k: weight.clone() for k, weight in HookedTransformer.load(hf_model).state_dict().items()}
+    return {
+        k: weight.clone() for k, weight in HookedTransformer.load(hf_model).state_dict().items()
+    }
 
 
 def fill_missing_keys(

@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookedlm.cache.dictionary import CacheDictionary
-from hookedlm.cache.ledger import Renorm
+from hookedlm.cache.ledger import Renorm, norms_the_stream
 from hookedlm.cache.parts import Stack
 from hookedlm.cache.reading import Reading
 from hookedlm.errors import InputError
-from hookedlm.layers.block import PostNormBlock
 from hookedlm.layers.norm import Norm
 from hookedlm.layers.opaque import OpaqueNorm
 from hookedlm.slices import Slice, SliceInput
@@ -74,7 +73,7 @@ class AttributionMethods(CacheDictionary):
     def _norm_name(self, layer: int, mlp_input: bool) -> str | None:
         """The norm that reads the stream at ``layer``; None if it is read as it is."""
         end = self.model.cfg.n_layers
-        if layer < end and isinstance(self.model.blocks[layer], PostNormBlock):
+        if layer < end and norms_the_stream(self.model.blocks[layer]):
             return None
         name = "ln_final" if layer == end else f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}"
         norm = self.model.mod_dict.get(name)
@@ -137,6 +136,11 @@ class AttributionMethods(CacheDictionary):
         self, tokens: TokenInput, incorrect_tokens: TokenInput | None = None
     ) -> Float[Tensor, "*tokens d_model"]:
         """The directions of the normed stream that raise a token's logit (over another's)."""
+        if "mlm_head" in self.model.mod_dict:
+            raise InputError(
+                "an encoder's logits are no linear function of its stream: a head with an "
+                "activation function stands between them"
+            )
         directions = self._columns(tokens)
         if incorrect_tokens is None:
             return directions

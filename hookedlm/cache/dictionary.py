@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Self
 
-from hookedlm.cache.ledger import has_mid
+from hookedlm.cache.ledger import stream_before
 from hookedlm.derive import Activations, Deferred
 from hookedlm.errors import CacheKeyError, InputError
 from hookedlm.names import get_act_name, nearest
@@ -202,10 +202,7 @@ class CacheDictionary:
 
     def _resid(self, end: int, mlp_input: bool, pos: Slice) -> Tensor:
         """The stream entering layer ``end``, its MLP, or the final norm."""
-        if end == self.model.cfg.n_layers:
-            return self._stream(f"blocks.{end - 1}.hook_resid_post", pos)
-        point = "hook_resid_mid" if mlp_input and has_mid(self.model, end) else "hook_resid_pre"
-        return self._stream(f"blocks.{end}.{point}", pos)
+        return self._stream(stream_before(self.model, end, mlp_input), pos)
 
     def _layer(self, layer: int | None) -> int:
         n = self.model.cfg.n_layers

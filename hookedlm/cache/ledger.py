@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from torch import nn
+
 from hookedlm.errors import InputError
+from hookedlm.layers.bert import BertBlock
 from hookedlm.layers.block import AttentionBranch, PostNormBlock
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ class Renorm:
 
 def ledger(model: HookedTransformer, end: int, mlp_input: bool) -> Iterator[Write | Renorm]:
     """The steps below layer ``end``, its attention included where ``mlp_input`` reads behind it."""
+    if is_encoder(model):
+        yield Renorm("embed.ln")
     for i in range(end + 1 if mlp_input and has_mid(model, end) else end):
         block = model.blocks[i]
         if not isinstance(block, AttentionBranch):
@@ -60,8 +65,18 @@ def ledger(model: HookedTransformer, end: int, mlp_input: bool) -> Iterator[Writ
             if write.point not in model.hook_dict:
                 continue
             yield write
-            if isinstance(block, PostNormBlock):
+            if norms_the_stream(block):
                 yield Renorm(f"blocks.{i}.{norm}")
+
+
+def norms_the_stream(block: nn.Module) -> bool:
+    """Whether the stream itself passes the block's norms, and is read bare."""
+    return isinstance(block, (PostNormBlock, BertBlock))
+
+
+def is_encoder(model: HookedTransformer) -> bool:
+    """Whether the stream begins with BERT's embedding."""
+    return "embed.hook_token_type_embed" in model.hook_dict
 
 
 def has_mid(model: HookedTransformer, layer: int) -> bool:
@@ -71,3 +86,24 @@ def has_mid(model: HookedTransformer, layer: int) -> bool:
     if f"blocks.{layer}.hook_mlp_out" not in model.hook_dict:
         raise InputError(f"mlp_input=True: layer {layer} has no MLP of its own")
     return f"blocks.{layer}.hook_resid_mid" in model.hook_dict
+
+
+def embeddings(model: HookedTransformer) -> dict[str, str]:
+    """What is in the stream before the first step: label -> hook name."""
+    if is_encoder(model):
+        return {x: f"embed.hook_{x}" for x in ("embed", "pos_embed", "token_type_embed")}
+    found = {x: f"hook_{x}" for x in ("embed", "pos_embed") if f"hook_{x}" in model.hook_dict}
+    if model.cfg.positional_embedding_type == "shortformer":  # never added to the stream
+        found.pop("pos_embed", None)
+    return found
+
+
+def stream_before(model: HookedTransformer, layer: int, mlp_input: bool = False) -> str:
+    """The hook that sees the stream entering a layer, its MLP, or what reads the last."""
+    encodes = is_encoder(model)
+    if layer == model.cfg.n_layers:
+        last = "hook_normalized_resid_post" if encodes else "hook_resid_post"
+        return f"blocks.{layer - 1}.{last}"
+    if mlp_input and has_mid(model, layer):
+        return f"blocks.{layer}.{'ln1.hook_normalized' if encodes else 'hook_resid_mid'}"
+    return f"blocks.{layer}.hook_resid_pre"

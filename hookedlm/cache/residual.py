@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hookedlm.cache.attribution import AttributionMethods, LNMode
-from hookedlm.cache.ledger import Renorm, Write, has_mid, ledger
+from hookedlm.cache.ledger import Renorm, Write, embeddings, has_mid, ledger, stream_before
 from hookedlm.cache.parts import Labels, Stack
 from hookedlm.errors import InputError
 from hookedlm.layers.block import AttentionBranch
@@ -36,16 +36,12 @@ class ResidualMethods(AttributionMethods):
         """
         pos, end = Slice(pos_slice), self._layer(layer)
         names: list[tuple[str, str]] = []
-        for i in range(end):
-            names.append((f"{i}_pre", f"blocks.{i}.hook_resid_pre"))
-            if incl_mid and f"blocks.{i}.hook_resid_mid" in self.model.hook_dict:
-                names.append((f"{i}_mid", f"blocks.{i}.hook_resid_mid"))
-        if end == self.model.cfg.n_layers:
-            names.append(("final_post", f"blocks.{end - 1}.hook_resid_post"))
-        else:
-            names.append((f"{end}_pre", f"blocks.{end}.hook_resid_pre"))
-            if mlp_input and has_mid(self.model, end):
-                names.append((f"{end}_mid", f"blocks.{end}.hook_resid_mid"))
+        for i in range(end + 1):
+            label = "final_post" if i == self.model.cfg.n_layers else f"{i}_pre"
+            names.append((label, stream_before(self.model, i)))
+            shows_mid = f"blocks.{i}.hook_resid_mid" in self.model.hook_dict
+            if (incl_mid and shows_mid) if i < end else (mlp_input and has_mid(self.model, i)):
+                names.append((f"{i}_mid", stream_before(self.model, i, mlp_input=True)))
         stack = torch.stack([self._stream(name, pos) for _, name in names])
         apply_ln = "recompute" if apply_ln is True else apply_ln
         stack = self._normed(stack, apply_ln, end, mlp_input, pos)
@@ -72,7 +68,7 @@ class ResidualMethods(AttributionMethods):
             raise InputError(f"mode={mode!r}: expected 'all', 'mlp' or 'attn'")
         pos, end = Slice(pos_slice), self._layer(layer)
         labels, parts = self._embeddings(pos) if incl_embeds else ([], [])
-        newest = ""
+        newest = labels[-1] if labels else ""
         for step in ledger(self.model, end, mlp_input):
             if isinstance(step, Renorm):
                 # The norm's bias is no part's own; it goes to the write that it follows.
@@ -93,13 +89,8 @@ class ResidualMethods(AttributionMethods):
 
     def _embeddings(self, pos: Slice) -> tuple[Labels, list[Tensor]]:
         """What is in the stream before the first block."""
-        apart = self.model.cfg.positional_embedding_type == "shortformer"  # never added to it
-        labels = [
-            name
-            for name in ("embed", "pos_embed")
-            if f"hook_{name}" in self.model.hook_dict and not (name == "pos_embed" and apart)
-        ]
-        return labels, [self._stream(f"hook_{name}", pos) for name in labels]
+        names = embeddings(self.model)
+        return list(names), [self._stream(name, pos) for name in names.values()]
 
     def _written(self, step: Write, pos: Slice) -> Tensor:
         """What one step of the ledger added to the stream."""

@@ -107,7 +107,8 @@ def _block(block: nn.Module, row: EncoderRow, config: ConfigReads, seen: Coverag
             raise MissingPartError("no part" if part is None else part.spec.reason)
     seen.take_module(block)
     norms = {name: Norm(norm.spec, norm.w, norm.b) for name, norm in reading.norms.items()}
-    parts = Parts(attn=build_attention(reading.attn), mlp=build_mlp(reading.mlp), **norms)
+    attn, mlp = build_attention(reading.attn), build_mlp(reading.mlp)
+    parts = Parts(attn=attn, mlp=mlp, ln1=norms["ln1"], ln2=norms["ln2"])
     return BertBlock(reading.spec, parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hookedlm.families.row import Place, Row
+from hookedlm.families.row import Row
 
 
 @dataclass(frozen=True)
@@ -15,16 +15,16 @@ class EncoderRow:
     """
 
     block: Row
-    embed: Place
-    pos_embed: Place
-    token_type_embed: Place
-    embed_norm: Place
-    mlm_dense: Place
-    mlm_act: Place
-    mlm_norm: Place
-    unembed: Place
-    pooler: Place
-    nsp: Place
+    embed: str
+    pos_embed: str
+    token_type_embed: str
+    embed_norm: str
+    mlm_dense: str
+    mlm_act: str
+    mlm_norm: str
+    unembed: str
+    pooler: str
+    nsp: str
 
 
 BERT = EncoderRow(

@@ -52,9 +52,7 @@ class BertEmbed(nn.Module):
         self.hook_token_type_embed = HookPoint(STREAM, shares=True)
         self.ln = ln
 
-    def forward(
-        self, tokens: Int[Tensor, "batch pos"], types: Int[Tensor, "batch pos"]
-    ) -> Stream:
+    def forward(self, tokens: Int[Tensor, "batch pos"], types: Int[Tensor, "batch pos"]) -> Stream:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         embedded = self.hook_embed(self.embed(tokens))
         places = self.hook_pos_embed(self.pos_embed(positions).expand(embedded.shape))

@@ -95,9 +95,7 @@ MODULES: dict[str, Content] = {
     "utilities.library_utils": {"hookedlm.tensors": "is_library_available"},
 }
 
-_NO_T5 = (
-    "encoder-decoders are not built yet; HookedTransformer hooks decoders, HookedEncoder BERT"
-)
+_NO_T5 = "encoder-decoders are not built yet; HookedTransformer hooks decoders, HookedEncoder BERT"
 _ONE_DEVICE = "a model stands on one device here: model.device, model.to(device)"
 _INTERNAL = "a step of TransformerLens' own forward pass; torch.nn.functional.linear does the same"
 

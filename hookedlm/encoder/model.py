@@ -14,7 +14,7 @@ from hookedlm.caching import CachingMethods
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.check import TOLERANCES
 from hookedlm.convert.encoder import EncoderLayers, bidirectional_mask, truth_of
-from hookedlm.encoder_loading import fresh_layers, load_encoder
+from hookedlm.encoder.loading import fresh_layers, load_encoder
 from hookedlm.errors import ConversionError, InputError, TokenizerError, WeightError
 from hookedlm.hooks import HookPoint
 from hookedlm.layers.context import Context

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hookedlm.encoder import HookedEncoder
+from hookedlm.encoder.model import HookedEncoder
 from hookedlm.errors import InputError
 
 Tokens = Int[Tensor, "batch pos"]
@@ -30,7 +30,7 @@ class BertNextSentencePrediction:
         self, input: Sequence[str] | Sequence[Sequence[str]], **kwargs: Any
     ) -> tuple[Tokens, Tokens, Tokens]:
         """(tokens, token types, mask) of one pair ``[first, second]`` or of several."""
-        pairs = [input] if all(isinstance(part, str) for part in input) else input
+        pairs: Any = [input] if all(isinstance(part, str) for part in input) else input
         if not all(len(pair) == 2 for pair in pairs):
             raise InputError("next-sentence prediction wants two sentences, or pairs of them")
         return self.model.to_tokens([tuple(pair) for pair in pairs], **kwargs)
@@ -69,7 +69,9 @@ class BertNextSentencePrediction:
             types = own_types if types is None else types
             mask = own_mask if mask is None else mask
         elif types is None:
-            raise InputError("tokens need token_type_ids beside them: 0 in the first, 1 in the second")
+            raise InputError(
+                "tokens need token_type_ids beside them: 0 in the first, 1 in the second"
+            )
         return {"input": input, "token_type_ids": types, "one_zero_attention_mask": mask}
 
     def _answer(self, logits: Tensor, return_type: str | None) -> Any:

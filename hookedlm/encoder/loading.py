@@ -15,6 +15,7 @@ from hookedlm.convert.encoder import EncoderLayers, convert_encoder
 from hookedlm.errors import ConfigError, LoadError
 from hookedlm.families.bert import ENCODERS
 from hookedlm.loading import default_device, load_tokenizer, resolve, to_dtype
+from hookedlm.spec import AttentionSpec, MLPSpec
 
 HEADS = {"mlm": ("cls.predictions.",), "pooler": ("bert.pooler.",), "nsp": ("cls.seq_",)}
 """Where the parameters of each head stand in a checkpoint."""
@@ -84,9 +85,7 @@ def _from_files(
         raise LoadError(f"can't read an encoder from {path!r}: {error}") from error
     missing = set(report["missing_keys"])
     without = {
-        head
-        for head, prefixes in HEADS.items()
-        if any(key.startswith(prefixes) for key in missing)
+        head for head, prefixes in HEADS.items() if any(key.startswith(prefixes) for key in missing)
     }
     left = [key for key in missing if not key.startswith(sum(HEADS.values(), ()))]
     if left:
@@ -97,6 +96,8 @@ def _from_files(
 def describe_encoder(model: Any, layers: EncoderLayers, name: str) -> HookedTransformerConfig:
     """The classic config of a converted encoder, read off its layers."""
     attn, mlp = layers.blocks[0].spec.attn, layers.blocks[0].spec.mlp
+    assert isinstance(attn, AttentionSpec)  # an encoder is uniform, or it was refused
+    assert isinstance(mlp, MLPSpec)
     d_vocab, d_model = layers.embed.embed.W_E.shape
     act = model.config.hidden_act
     return HookedTransformerConfig(
