@@ -30,8 +30,9 @@ types: $(VENV)/.installed-dev  ## mypy
 notebooks: $(VENV)/.installed-dev  ## execute every notebook, without a network
 	$(BIN)/python scripts/run_notebooks.py
 
-docs: $(VENV)/.installed-dev  ## regenerate docs/families.md
+docs: $(VENV)/.installed-dev  ## regenerate docs/families.md and docs/api_coverage.md
 	$(BIN)/python scripts/families_table.py
+	$(BIN)/python scripts/api_coverage.py --markdown
 
 bench: $(VENV)/.installed-dev  ## measure the forward pass beside transformers'
 	$(BIN)/python benchmarks/forward.py

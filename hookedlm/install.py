@@ -1,10 +1,11 @@
 """`install_as`: code that imports TransformerLens runs on hookedlm, its imports unchanged.
 
-TransformerLens 2.x has modules that share the name of the class in them: ``transformer_lens.
-HookedTransformer`` is the class, and ``from transformer_lens.HookedTransformer import Output`` reads
-the module. Python looks modules up in ``sys.modules`` and attributes on the package, and the two
-are told apart as long as no import ever runs: an import sets the module as an attribute of its
-package, over the class. So all modules are made at once and put where an import finds them done.
+TransformerLens 2.x has modules that share the name of the class in them:
+``transformer_lens.HookedTransformer`` is the class, and ``from transformer_lens.HookedTransformer
+import Output`` reads the module. Python looks modules up in ``sys.modules`` and attributes on the
+package, and the two are told apart as long as no import ever runs: an import sets the module as an
+attribute of its package, over the class. So all modules are made at once and put where an import
+finds them done.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ python scripts/api_coverage.py --check      # exit 1 if anything is missing with
 python scripts/api_coverage.py --markdown   # write docs/api_coverage.md
 
 api_surface.json holds TransformerLens' public names ("module" or "module:name.in.it") with their
-signatures. Names are looked up below `hookedlm.transformer_lens`; why some are absent stands in its
-`paths.ABSENT`, why a signature is another in the data's "different". A signature is compatible if every argument is taken in the same place
-and by the same name, may be left out where it might, and nothing else must be given.
+signatures. Names are looked up below `hookedlm.transformer_lens`. Why some are absent stands in its
+`paths.ABSENT`, why a signature is another in the data under "different". A signature is compatible
+if every argument is taken in the same place and by the same name, may be left out where it might,
+and nothing else must be given.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ SURFACE = Path(__file__).with_name("api_surface.json")
 PAGE = ROOT / "docs" / "api_coverage.md"
 HEAD = """# Coverage of TransformerLens' API
 
-Every public name of {source}, as found below `hookedlm.transformer_lens`. *Present*: with a
-signature that takes every call TransformerLens' took; where a default is another, both stand there.
-What the same call gives differently stands in [differences](differences.md). Regenerate with
+Every public name of {source}, as found below `hookedlm.transformer_lens`. *Present*:
+with a signature that takes every call TransformerLens' took; where a default is another, both stand
+there. What the same call gives differently stands in [differences](differences.md). Regenerate with
 `python scripts/api_coverage.py --markdown`.
 
 {summary}

@@ -112,11 +112,13 @@ from transformer_lens import HookedTransformer
 from transformer_lens.components import MLP
 """
 IN_A_PROCESS = """
+import sys
 import hookedlm
 hookedlm.install_as("transformer_lens")
 import project
 assert project.HookedTransformer is hookedlm.HookedTransformer
 assert project.utils.get_act_name("k", 6) == "blocks.6.attn.hook_k"
+assert not {"datasets", "pandas", "plotly", "wandb"} & sys.modules.keys()
 """
 
 

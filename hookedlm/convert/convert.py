@@ -192,6 +192,7 @@ def _block(
 
 
 def form_of(reading: BlockReading) -> str:
+    """How a block is told of in a report: uniform with its layout, or with which opaque parts."""
     opaque = [
         what
         for what, part in (

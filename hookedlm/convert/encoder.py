@@ -42,7 +42,7 @@ class EncoderLayers:
     nsp_head: BertNSPHead | None
 
 
-def convert_encoder(model: nn.Module, without: frozenset[str] = frozenset()) -> EncoderLayers:
+def convert_encoder(model: Any, without: frozenset[str] = frozenset()) -> EncoderLayers:
     """The layers of an encoder, on Hugging Face's tensors; its modules are left as they are.
 
     ``without`` names heads ("mlm", "pooler", "nsp") to leave out. Raises ConversionError on a type

@@ -55,7 +55,7 @@ class BertEmbed(nn.Module):
     def forward(self, tokens: Int[Tensor, "batch pos"], types: Int[Tensor, "batch pos"]) -> Stream:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         embedded = self.hook_embed(self.embed(tokens))
-        places = self.hook_pos_embed(self.pos_embed(positions).expand(embedded.shape))
+        places = self.hook_pos_embed(self.pos_embed.at(positions).expand(embedded.shape))
         of_type = self.hook_token_type_embed(self.token_type_embed(types))
         return self.ln(embedded + of_type + places)
 

@@ -5,6 +5,11 @@ from hookedlm.install import Content
 PARTS = {
     "abstract_attention": "AbstractAttention",
     "attention": "Attention",
+    "bert_block": "BertBlock",
+    "bert_embed": "BertEmbed",
+    "bert_mlm_head": "BertMLMHead",
+    "bert_nsp_head": "BertNSPHead",
+    "bert_pooler": "BertPooler",
     "embed": "Embed",
     "gated_mlp": "GatedMLP",
     "grouped_query_attention": "GroupedQueryAttention",
@@ -19,6 +24,7 @@ PARTS = {
     "pos_embed": "PosEmbed",
     "rms_norm": "RMSNorm",
     "rms_norm_pre": "RMSNormPre",
+    "token_typed_embed": "TokenTypeEmbed",
     "transformer_block": "TransformerBlock",
     "unembed": "Unembed",
 }
@@ -71,8 +77,9 @@ MODULES: dict[str, Content] = {
     },
     "components": {
         "hookedlm.components": (
-            "AbstractAttention, Attention, Embed, GatedMLP, GroupedQueryAttention, LayerNorm, "
-            "LayerNormPre, MLP, MoE, PosEmbed, RMSNorm, RMSNormPre, TransformerBlock, Unembed"
+            "AbstractAttention, Attention, BertBlock, BertEmbed, BertMLMHead, BertNSPHead, "
+            "BertPooler, Embed, GatedMLP, GroupedQueryAttention, LayerNorm, LayerNormPre, MLP, "
+            "MoE, PosEmbed, RMSNorm, RMSNormPre, TokenTypeEmbed, TransformerBlock, Unembed"
         ),
     },
     **{f"components.{path}": {"hookedlm.components": names} for path, names in PARTS.items()},
