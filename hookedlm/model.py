@@ -68,8 +68,6 @@ class HookedTransformer(
         tokenizer: Any = None,
         move_to_device: bool = True,
         default_padding_side: Literal["left", "right"] = "right",
-        *,
-        layers: Any = None,
     ):
         super().__init__()
         self.cfg = HookedTransformerConfig.unwrap(cfg)
@@ -77,10 +75,10 @@ class HookedTransformer(
         self.tokenizer: Any = None
         if tokenizer is not None:
             self.set_tokenizer(tokenizer, default_padding_side)
-        if layers is None:
-            layers = build_layers(self.cfg)
         self.history: list[Any] = []
-        self._build(layers)
+        # A config out of a checkpoint brings its layers along: a subclass has these arguments only.
+        layers = vars(self.cfg).pop("layers_read", None)
+        self._build(build_layers(self.cfg) if layers is None else layers)
         if move_to_device and self.cfg.device is not None and self.conversion is None:
             self.to(self.cfg.device, print_details=False)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from hookedlm.errors import ConversionError
 from hookedlm.loading import load_layers
 
 if TYPE_CHECKING:
@@ -37,13 +38,18 @@ class PretrainedMethods:
         loaded = load_layers(model, tokenizer, dtype, device, revision, strict, **kwargs)
         if default_prepend_bos is not None:
             loaded.cfg.default_prepend_bos = default_prepend_bos
+        vars(loaded.cfg)["layers_read"] = loaded.layers
         hooked = cls(
             loaded.cfg,
             loaded.tokenizer,
             move_to_device=False,
             default_padding_side=default_padding_side,
-            layers=loaded.layers,
         )
+        if hooked.conversion is not loaded.layers.fidelity:
+            raise ConversionError(
+                f"{cls.__name__}.__init__ gave another config to HookedTransformer.__init__ than "
+                "it was given, and with it lost the checkpoint's weights: pass on the same object"
+            )
         if loaded.device is not None or loaded.dtype is not None:
             hooked.to(device=loaded.device or hooked.device, dtype=loaded.dtype)
         hooked.eval()

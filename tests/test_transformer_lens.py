@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import pickle
@@ -16,7 +17,8 @@ import torch
 from torch import nn
 
 import hookedlm
-from hookedlm.errors import InputError
+from hookedlm import HookedTransformer, HookedTransformerConfig
+from hookedlm.errors import ConversionError, InputError
 from hookedlm.install import Absent
 from hookedlm.transformer_lens.paths import ABSENT, MODULES
 
@@ -525,3 +527,28 @@ def test_a_factored_circuit(installed, model):
         rtol=1e-3,
     )
     assert (model.OV[2, 1].AB - circuit.AB).abs().max() < 1e-5
+
+
+def test_a_subclass_with_exactly_the_classic_arguments():
+    class Mine(HookedTransformer):
+        def __init__(self, cfg, tokenizer=None, move_to_device=True, default_padding_side="right"):
+            super().__init__(cfg, tokenizer, move_to_device, default_padding_side)
+            self.extra = torch.nn.Linear(cfg.d_model, 1)
+
+    mine = Mine.from_pretrained("demo")
+    reference = HookedTransformer.from_pretrained("demo")
+    tokens = mine.to_tokens("The capital of Spain is")
+    assert torch.equal(mine(tokens), reference(tokens))
+    drawn = Mine(
+        HookedTransformerConfig(
+            n_layers=1, d_model=8, n_ctx=8, d_head=4, d_vocab=9, act_fn="relu", seed=0
+        )
+    )
+    assert drawn.conversion is None and drawn(torch.zeros(1, 8).long()).shape == (1, 8, 9)
+
+    class Forgetful(HookedTransformer):
+        def __init__(self, cfg, *args, **kwargs):
+            super().__init__(dataclasses.replace(cfg), *args, **kwargs)
+
+    with pytest.raises(ConversionError, match="another config"):
+        Forgetful.from_pretrained("demo")
