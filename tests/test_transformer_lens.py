@@ -544,7 +544,8 @@ def test_a_subclass_with_exactly_the_classic_arguments():
             n_layers=1, d_model=8, n_ctx=8, d_head=4, d_vocab=9, act_fn="relu", seed=0
         )
     )
-    assert drawn.conversion is None and drawn(torch.zeros(1, 8).long()).shape == (1, 8, 9)
+    assert drawn.conversion is None
+    assert drawn(torch.zeros(1, 8).long()).shape == (1, 8, 9)
 
     class Forgetful(HookedTransformer):
         def __init__(self, cfg, *args, **kwargs):
