@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from hookedlm.cache import ActivationCache as ActivationCache
 from hookedlm.config import HookedTransformerConfig as HookedTransformerConfig
+from hookedlm.encoder import HookedEncoder as HookedEncoder
 from hookedlm.factored_matrix import FactoredMatrix as FactoredMatrix
 from hookedlm.hooks import HookPoint as HookPoint
 from hookedlm.install import install_as as install_as
@@ -13,3 +14,4 @@ from hookedlm.model import HookedTransformer as HookedTransformer
 from hookedlm.names import get_act_name as get_act_name
 from hookedlm.root import HookedRootModule as HookedRootModule
 from hookedlm.slices import Slice as Slice
+from hookedlm.svd_interpreter import SVDInterpreter as SVDInterpreter

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from hookedlm.aliases import ALIASES
+from hookedlm.aliases import ALIASES, official_name
+from hookedlm.classic_files import ClassicCheckpoint, StateDict, find_classic, first_layers
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.convert import Conversion, convert
 from hookedlm.convert.describe import config_fields, dtype_of
@@ -41,12 +42,15 @@ class Loaded:
     """Everything a `HookedTransformer` is made from."""
 
     cfg: HookedTransformerConfig
-    layers: Conversion
+    layers: Conversion | None
+    """On Hugging Face's tensors; None for a checkpoint in TransformerLens' format."""
     tokenizer: Any
     device: str | torch.device | None
     """Where it should go."""
     dtype: torch.dtype | None
     """What it should be cast to."""
+    weights: StateDict | None = None
+    """Of a checkpoint in TransformerLens' format, for a model built from ``cfg``."""
 
 
 def resolve(name: str) -> tuple[str, bool]:
@@ -57,7 +61,7 @@ def resolve(name: str) -> tuple[str, bool]:
         return str(Path(name).expanduser()), True
     if name.startswith((".", "/", "~")):
         raise LoadError(f"no folder {name!r}: expected one with a config.json and weights")
-    return ALIASES.get(name, ALIASES.get(name.lower(), name)), False
+    return official_name(name), False
 
 
 def default_device() -> torch.device:
@@ -85,13 +89,14 @@ def load_layers(
     hf_model: nn.Module | None = None,
     n_ctx: int | None = None,
     first_n_layers: int | None = None,
+    checkpoint: int | None = None,
     **kwargs: Any,
 ) -> Loaded:
     """Find, read and convert. ``dtype=None`` keeps what the checkpoint or module has.
 
     A module is neither moved nor changed unless ``device`` or ``dtype`` ask for it, and then a copy
-    is. Raises LoadError when a name leads nowhere, ConversionError when ``strict`` finds an opaque
-    part.
+    is. ``checkpoint`` is a training step, for checkpoints that keep them in files. Raises LoadError
+    when a name leads nowhere, ConversionError when ``strict`` finds an opaque part.
     """
     if isinstance(model, nn.Module):
         hf_model, name = model, _name_of(model)
@@ -100,6 +105,11 @@ def load_layers(
     path = None
     if hf_model is None:
         path, local = resolve(name)
+        where = kwargs if revision is None else {**kwargs, "revision": revision}
+        classic = find_classic(path, local, where)
+        if classic is not None:
+            sizes = (n_ctx, first_n_layers)
+            return _from_classic(classic, tokenizer, to_dtype(dtype), device, *sizes, checkpoint)
         hf_model = _from_files(path, local, name, to_dtype(dtype), revision, first_n_layers, kwargs)
         device = default_device() if device is None else device
     elif first_n_layers is not None or kwargs:
@@ -118,6 +128,39 @@ def load_layers(
     if tokenizer is not None:
         fields["tokenizer_name"] = tokenizer.name_or_path or None
     return Loaded(HookedTransformerConfig(**fields), conversion, tokenizer, device, to_dtype(dtype))
+
+
+def _from_classic(
+    found: ClassicCheckpoint,
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    n_ctx: int | None,
+    first_n_layers: int | None,
+    checkpoint: int | None,
+) -> Loaded:
+    fields = found.fields()
+    weights = found.weights(checkpoint)
+    if first_n_layers is not None:
+        if not 0 < first_n_layers <= fields["n_layers"]:
+            raise LoadError(
+                f"first_n_layers={first_n_layers}: this model has {fields['n_layers']} layers"
+            )
+        fields["n_layers"] = first_n_layers
+        weights = first_layers(weights, first_n_layers)
+    if n_ctx is not None:
+        if n_ctx > fields["n_ctx"]:
+            raise LoadError(f"n_ctx={n_ctx}: this model has {fields['n_ctx']} position embeddings")
+        fields["n_ctx"] = n_ctx
+        weights = {k: x[:n_ctx] if k == "pos_embed.W_pos" else x for k, x in weights.items()}
+    if tokenizer is None:
+        tokenizer = load_tokenizer(found.place, found.local, None) if found.local else None
+        if tokenizer is None and fields["tokenizer_name"]:
+            tokenizer = load_tokenizer(*resolve(fields["tokenizer_name"]), None)
+    own = next((x.dtype for x in weights.values() if x.is_floating_point()), torch.float32)
+    fields |= {"dtype": dtype or own, "device": "cpu", "init_weights": False}
+    device = default_device() if device is None else device
+    return Loaded(HookedTransformerConfig(**fields), None, tokenizer, device, dtype, weights)
 
 
 def _shorten_positions(conversion: Conversion, n_ctx: int) -> None:

@@ -7,7 +7,6 @@ Hugging Face hub, a checkpoint folder, or "demo".
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,10 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from hookedlm.aliases import ALIASES
+from hookedlm.aliases import ALIASES, official_name
+from hookedlm.checkpoints import checkpoint_fields
+from hookedlm.classic_files import find_classic
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.outline import outline_fields
-from hookedlm.errors import InputError, LoadError
+from hookedlm.errors import LoadError
 from hookedlm.loading import resolve, shortened
 from hookedlm.model import HookedTransformer
 
@@ -36,12 +37,6 @@ MODEL_ALIASES: dict[str, list[str]] = {
 DEFAULT_MODEL_ALIASES: list[str] = [aliases[0] for aliases in MODEL_ALIASES.values()]
 """One short name for each model that has any."""
 
-PYTHIA_STEPS = [0, *(2**i for i in range(10)), *range(1000, 143_001, 1000)]
-"""The training steps whose weights were published (arXiv 2304.01373)."""
-
-CHECKPOINT = re.compile(r"(?:step|checkpoint)[-_]?(\d+)")
-"""Branches on the hub that hold the weights of a training step."""
-
 
 def make_model_alias_map() -> dict[str, str]:
     """Short name -> name on the hub, in a dictionary of the caller's own."""
@@ -49,11 +44,9 @@ def make_model_alias_map() -> dict[str, str]:
 
 
 def get_official_model_name(model_name: str) -> str:
-    """Where a name leads: a short one to its place on the hub, any other to itself.
-
-    Nothing is looked up: whether there is such a model shows when it is loaded.
-    """
-    return ALIASES.get(model_name, ALIASES.get(model_name.lower(), model_name))
+    """Where a name leads on the hub. Nothing is looked up: whether there is such a model shows when
+    it is loaded."""
+    return official_name(model_name)
 
 
 # Configs ------------------------------------------------------------------------------------------
@@ -82,12 +75,19 @@ def get_pretrained_model_config(
     Raises LoadError where no config is found, ConversionError where it describes no language model
     that can be read.
     """
-    config = _hf_config(model_name, hf_cfg, kwargs)
-    if first_n_layers is not None:
-        config = shortened(config, first_n_layers)
-    known = outline_fields(config, model_name.rstrip("/").split("/")[-1])
+    classic = None if hf_cfg is not None else find_classic(*resolve(model_name), kwargs)
+    if classic is not None:
+        known = classic.fields()
+        if first_n_layers is not None:
+            known["n_layers"] = first_n_layers
+    else:
+        config = _hf_config(model_name, hf_cfg, kwargs)
+        if first_n_layers is not None:
+            config = shortened(config, first_n_layers)
+        known = outline_fields(config, model_name.rstrip("/").split("/")[-1])
+        known["tokenizer_name"] = resolve(model_name)[0]
     known |= {"dtype": dtype, "device": None if device is None else str(device)}
-    known |= {"n_devices": n_devices, "tokenizer_name": resolve(model_name)[0]}
+    known["n_devices"] = n_devices
     kind = known["normalization_type"]
     if fold_ln and kind in ("LN", "RMS"):
         known["normalization_type"] = f"{kind}Pre"
@@ -96,7 +96,7 @@ def get_pretrained_model_config(
     if n_ctx is not None:
         known["n_ctx"] = n_ctx
     if checkpoint_index is not None or checkpoint_value is not None:
-        known |= _checkpoint(model_name, checkpoint_index, checkpoint_value)
+        known |= checkpoint_fields(model_name, checkpoint_index, checkpoint_value)
     return HookedTransformerConfig(**known)
 
 
@@ -118,6 +118,14 @@ def _hf_config(model_name: str, hf_cfg: Any, kwargs: dict[str, Any]) -> Any:
 def convert_hf_model_config(model_name: str, **kwargs: Any) -> dict[str, Any]:
     """`get_pretrained_model_config` as a dictionary of fields."""
     return get_pretrained_model_config(model_name, **kwargs).to_dict()
+
+
+def convert_neel_model_config(official_model_name: str, **kwargs: Any) -> dict[str, Any]:
+    """The fields of a config in TransformerLens' own format. Raises LoadError if there is none."""
+    classic = find_classic(*resolve(official_model_name), kwargs)
+    if classic is None:
+        raise LoadError(f"{official_model_name!r} has no config in TransformerLens' format")
+    return classic.fields()
 
 
 def get_num_params_of_pretrained(model_name: str) -> int:
@@ -182,47 +190,3 @@ def fill_missing_keys(
 ) -> dict[str, Float[Tensor, "..."]]:
     """``model.fill_missing_keys(state_dict)``."""
     return model.fill_missing_keys(state_dict)
-
-
-# Checkpoints --------------------------------------------------------------------------------------
-
-
-def get_checkpoint_labels(model_name: str, **kwargs: Any) -> tuple[list[int], str]:
-    """(the training steps whose weights can be loaded, "step"), for ``checkpoint_value``.
-
-    Pythia's are known; others are looked up among the branches on the hub. Raises LoadError where
-    there are none, or no network.
-    """
-    from huggingface_hub import list_repo_refs
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    name = get_official_model_name(model_name)
-    if name.startswith("EleutherAI/pythia") and not name.endswith("-v0"):
-        return list(PYTHIA_STEPS), "step"
-    try:
-        branches = list_repo_refs(name, **kwargs).branches
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise LoadError(f"can't list the checkpoints of {model_name!r}: {why}") from error
-    found = [CHECKPOINT.fullmatch(branch.name) for branch in branches]
-    steps = sorted(int(match[1]) for match in found if match is not None)
-    if not steps:
-        raise LoadError(f"{name!r} has no branches named after training steps")
-    return steps, "step"
-
-
-def _checkpoint(model_name: str, index: int | None, value: int | None) -> dict[str, Any]:
-    labels, kind = get_checkpoint_labels(model_name)
-    if value is None:
-        assert index is not None
-        if not -len(labels) <= index < len(labels):
-            raise InputError(f"checkpoint_index={index}: {model_name!r} has {len(labels)}")
-        value = labels[index]
-    elif value not in labels:
-        raise InputError(f"checkpoint_value={value}: not among the {len(labels)} of {model_name!r}")
-    return {
-        "from_checkpoint": True,
-        "checkpoint_index": labels.index(value),
-        "checkpoint_value": value,
-        "checkpoint_label_type": kind,
-    }

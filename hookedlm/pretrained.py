@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from hookedlm.checkpoints import checkpoint_fields, where_kept
 from hookedlm.errors import ConversionError
 from hookedlm.loading import load_layers
 
@@ -38,14 +39,17 @@ class PretrainedMethods:
         loaded = load_layers(model, tokenizer, dtype, device, revision, strict, **kwargs)
         if default_prepend_bos is not None:
             loaded.cfg.default_prepend_bos = default_prepend_bos
-        vars(loaded.cfg)["layers_read"] = loaded.layers
+        if loaded.layers is not None:
+            vars(loaded.cfg)["layers_read"] = loaded.layers
         hooked = cls(
             loaded.cfg,
             loaded.tokenizer,
             move_to_device=False,
             default_padding_side=default_padding_side,
         )
-        if hooked.conversion is not loaded.layers.fidelity:
+        if loaded.weights is not None:
+            hooked.load_and_process_state_dict(loaded.weights, *[False] * 4)
+        if loaded.layers is not None and hooked.conversion is not loaded.layers.fidelity:
             raise ConversionError(
                 f"{cls.__name__}.__init__ gave another config to HookedTransformer.__init__ than "
                 "it was given, and with it lost the checkpoint's weights: pass on the same object"
@@ -81,16 +85,20 @@ class PretrainedMethods:
         """The classic door: TransformerLens' arguments and defaults, weights processed.
 
         Processing keeps log-probabilities; what would not, for this family, is skipped with one
-        warning that says why (``model.history`` has the record). ``checkpoint_value`` picks the
-        revision ``step<value>`` of families that publish them (Pythia).
+        warning that says why (``model.history`` has the record). ``checkpoint_value`` is a training
+        step whose weights were published (`hookedlm.checkpoints`), ``checkpoint_index`` its place
+        among them.
         """
-        if checkpoint_index is not None or n_devices != 1:
-            raise NotImplementedError(
-                "checkpoint_index and n_devices are not supported: name a checkpoint by "
-                "checkpoint_value=... or revision=..., and place models with device=..."
-            )
+        if n_devices != 1:
+            raise NotImplementedError("n_devices: one device holds the model; choose it by device=")
+        step: dict[str, Any] = {}
+        if checkpoint_index is not None:
+            step = checkpoint_fields(model_name, checkpoint_index, None)
+            checkpoint_value = step["checkpoint_value"]
+        elif checkpoint_value is not None:
+            step = {"from_checkpoint": True, "checkpoint_value": checkpoint_value}
         if checkpoint_value is not None:
-            from_pretrained_kwargs["revision"] = f"step{checkpoint_value}"
+            from_pretrained_kwargs |= where_kept(model_name, checkpoint_value)
         hooked = cls.load(
             model_name,
             tokenizer,
@@ -103,6 +111,7 @@ class PretrainedMethods:
             n_ctx=n_ctx,
             **from_pretrained_kwargs,
         )
+        vars(hooked.cfg).update(step)
         hooked.process_weights_(
             fold_ln,
             center_writing_weights,

@@ -51,7 +51,7 @@ FLOORS = {
         4: "model driver toy cache caching derive missing tokens loss weights placing generation "
         "transforms loading pretrained processing encoder "
         "sampling data hub inputs samples "
-        "state_dicts past_key_values model_configs",
+        "state_dicts past_key_values model_configs classic_files checkpoints",
         5: "load patching circuits lenses steering utils prompts head_detector evals train "
         "svd_interpreter components",
         6: "plots cli transformer_lens install __main__",

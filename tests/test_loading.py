@@ -296,8 +296,16 @@ def test_options_reach_transformers(hub: list[SimpleNamespace]):
     hub.clear()
     HookedTransformer.from_pretrained("pythia-70m", checkpoint_value=512, device="cpu")
     assert {call.options["revision"] for call in hub} == {"step512"}
-    with pytest.raises(NotImplementedError, match="checkpoint_value"):
-        HookedTransformer.from_pretrained("pythia-70m", checkpoint_index=3)
+    hub.clear()
+    indexed = HookedTransformer.from_pretrained("pythia-70m", checkpoint_index=3, device="cpu")
+    assert {call.options["revision"] for call in hub} == {"step4"}
+    assert (indexed.cfg.checkpoint_value, indexed.cfg.checkpoint_index) == (4, 3)
+    hub.clear()
+    HookedTransformer.from_pretrained("stanford-gpt2-small-a", checkpoint_index=1, device="cpu")
+    assert {call.options["revision"] for call in hub} == {"checkpoint-10"}
+    assert {call.name for call in hub} == {"stanford-crfm/alias-gpt2-small-x21"}
+    with pytest.raises(NotImplementedError, match="n_devices"):
+        HookedTransformer.from_pretrained("pythia-70m", n_devices=2)
 
 
 def one_line(error: BaseException) -> bool:

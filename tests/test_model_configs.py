@@ -11,7 +11,7 @@ from tiny import TINIES, quiet_transformers
 from transformers import AutoConfig
 
 import hookedlm
-from hookedlm import HookedTransformer, model_configs
+from hookedlm import HookedTransformer, checkpoints, model_configs
 from hookedlm.aliases import ALIASES
 from hookedlm.errors import ConversionError, InputError, LoadError
 from hookedlm.loading import DEMO
@@ -124,7 +124,7 @@ def test_tables_of_names():
 
 
 def test_checkpoints_of_pythia():
-    steps, kind = model_configs.get_checkpoint_labels("pythia-70m")
+    steps, kind = checkpoints.get_checkpoint_labels("pythia-70m")
     assert (len(steps), kind, steps[-1]) == (154, "step", 143_000)
     config = hf("gpt_neox-parallel").config
     cfg = model_configs.get_pretrained_model_config("pythia-70m", hf_cfg=config, checkpoint_index=3)
@@ -142,7 +142,7 @@ def test_checkpoints_of_pythia():
     [
         (lambda: model_configs.get_pretrained_model_config("gpt2"), LoadError, "gpt2"),
         (lambda: model_configs.get_pretrained_model_config("x", {}), LoadError, "model_type"),
-        (lambda: model_configs.get_checkpoint_labels("gpt2"), LoadError, "checkpoints of 'gpt2'"),
+        (lambda: checkpoints.get_checkpoint_labels("gpt2"), LoadError, "checkpoints of 'gpt2'"),
         (
             lambda: model_configs.get_pretrained_model_config(
                 "x", {"model_type": "vit", "hidden_size": 8}

@@ -63,10 +63,11 @@ MODULES: dict[str, Content] = {
     "loading_from_pretrained": {
         "hookedlm.model_configs": (
             "DEFAULT_MODEL_ALIASES, MODEL_ALIASES, OFFICIAL_MODEL_NAMES, convert_hf_model_config, "
-            "fill_missing_keys, get_basic_config, get_checkpoint_labels, "
+            "convert_neel_model_config, fill_missing_keys, get_basic_config, "
             "get_num_params_of_pretrained, get_official_model_name, get_pretrained_model_config, "
             "get_pretrained_state_dict, make_model_alias_map"
         ),
+        "hookedlm.checkpoints": "get_checkpoint_labels",
         "hookedlm.config": "HookedTransformerConfig",
     },
     "loading": "hookedlm.transformer_lens.loading_from_pretrained",
@@ -117,10 +118,6 @@ ABSENT: dict[str, str] = {
     "components.t5_block": _NO_T5,
     "lit": (
         "the Language Interpretability Tool's server is not wrapped; hookedlm.plots draws figures"
-    ),
-    "loading_from_pretrained.convert_neel_model_config": (
-        "checkpoints in TransformerLens' own format are not read by name; build the model from a "
-        "HookedTransformerConfig and give it the weights: model.load_and_process_state_dict"
     ),
     "utilities.addmm": _INTERNAL,
     "utilities.attention": _INTERNAL,
