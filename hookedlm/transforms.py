@@ -212,18 +212,29 @@ def _readers(part: nn.Module, norm: Norm) -> tuple[list[Reader], str]:
 def _expert_readers(moe: MoE, norm: Norm) -> tuple[list[Reader], str]:
     if norm.live("b") is not None:
         return [], "its bias has no place in a router"
-    readers = [Reader(moe.router, "weight", 1, None)]
-    d_model = moe.router._parameters["weight"].shape[1]
-    for name, parameter in moe.experts.named_parameters(recurse=False):
-        if parameter.ndim != 3 or "down" in name:
-            continue
-        axes = [axis for axis in (1, 2) if parameter.shape[axis] == d_model]
-        if len(axes) != 1:
-            return [], f"experts.{name} does not tell which axis is d_model"
-        readers.append(Reader(moe.experts, name, axes[0], None))
-    if len(readers) == 1:
+    readers = [
+        Reader(module, name, 0 if name == "W_router" else 1, None)
+        for part in (moe.router, moe.shared_gate if moe.shared is not None else None)
+        if part is not None
+        for module in part.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 2 and 1 not in parameter.shape[1:]
+    ]
+    if not readers:
+        return [], "its router has no matrix"
+    n = len(readers)
+    d_model = readers[0].module.get_parameter(readers[0].name).shape[readers[0].axis]
+    for module in moe.experts.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim != 3 or "down" in name or name == "W_out":
+                continue
+            axes = [axis for axis in (1, 2) if parameter.shape[axis] == d_model]
+            if len(axes) != 1:
+                return [], f"experts.{name} does not tell which axis is d_model"
+            readers.append(Reader(module, name, axes[0], None))
+    if len(readers) == n:
         return [], "its experts keep their weights elsewhere"
-    return readers, ""
+    return readers + ([] if moe.shared is None else _readers(moe.shared, norm)[0]), ""
 
 
 # Centre -------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_keys_that_mean_nothing(key, says):
         ("llama", "hook_pos_embed", "rotary"),
         ("bloom", "hook_pos_embed", "alibi"),
         ("gpt_neox", "blocks.0.hook_resid_mid", "parallel"),
-        ("mixtral", "blocks.0.mlp.hook_post", "hook_expert_out"),
+        ("mixtral", "blocks.0.mlp.hook_mid", "hook_expert_out"),
         ("olmo2", "blocks.0.ln1.hook_scale", "No norm stands there"),
         ("llama", "blocks.0.hook_attn_in", "not recorded|grouped"),
         ("llama", "blocks.0.hook_q_input", "not recorded"),

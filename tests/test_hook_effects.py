@@ -17,6 +17,7 @@ from tiny import VOCAB, Tiny, one_per_family, tinies
 import hookedlm
 from hookedlm import HookedTransformer
 from hookedlm.layers.block import ParallelBlock
+from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm
 
 by_id = dict(ids=lambda tiny: tiny.id)
@@ -495,6 +496,10 @@ def test_silent_neurons_write_the_bias_alone(tiny, point):
         return
     after = recorded(tiny, {name: zero})
     assert not after["blocks.1.mlp.hook_post"].any()
+    if isinstance(block.mlp, MoE):
+        biased = any("bias" in name for name, _ in block.mlp.experts.named_parameters())
+        assert after["blocks.1.mlp.hook_expert_out"].any() == biased
+        return
     if not isinstance(block._modules["ln2_post"], Norm):
         b_out = block.mlp.b_out * block.spec.residual_scale
         out = after["blocks.1.hook_mlp_out"]

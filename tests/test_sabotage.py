@@ -123,7 +123,6 @@ TELLING = {
     "local mask left out": ("gpt_neo", {"mask_table": None}),
     "ALiBi left out": ("bloom", {"bias": None}),
     "mask read the wrong way": ("mpt", {"mask_hides": False}),
-    "order of routing": ("mixtral", {"routing_normalised": False}),
 }
 
 

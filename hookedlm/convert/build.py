@@ -95,7 +95,15 @@ def build_mlp(
     if isinstance(reading, OpaqueReading):
         return OpaqueMLP(*_opaque(reading))
     if isinstance(reading, MoEReading):
-        return MoE(reading.spec, reading.router, reading.experts)
+        shared = None if reading.shared is None else _dense(reading.shared)
+        return MoE(
+            reading.spec, reading.router, reading.experts, reading.routing, reading.neurons,
+            shared, reading.shared_gate, reading.router_bias,
+        )  # fmt: skip
+    return _dense(reading)
+
+
+def _dense(reading: MLPReading) -> MLP | GatedMLP:
     kind = GatedMLP if reading.spec.gated else MLP
     return kind(reading.spec, reading.tensors, reading.act)
 

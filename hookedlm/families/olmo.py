@@ -16,6 +16,5 @@ ROWS = {
         **FULL_WIDTH_NORMS,
         clip="config.clip_qkv",
         router="mlp.gate",
-        routing_normalised="mlp.gate.norm_topk_prob",
     ),
 }

@@ -96,8 +96,15 @@ class Row:
     act: Place = "mlp.act_fn"
     router: Place = None
     experts: Place = "mlp.experts"
-    routing: str = "softmax_topk"
-    routing_normalised: Fact = True
+    router_bias: Place = None
+    router_batched: bool = False
+    picks: Place = None
+    top_k: Place = ()
+    routed_scale: Fact = None
+    weighted_input: bool = False
+    shared: Place = None
+    shared_gate: Place = None
+    shared_divisor: Fact = None
 
     def but(self, **differences: Any) -> Row:
         """This row with some entries changed."""

@@ -20,13 +20,19 @@ class Router(Weights):
         self.put("W_router", W_router, None, "")
 
     def forward(
-        self, x: Float[Tensor, "token d_model"]
+        self, x: Float[Tensor, "batch pos d_model"], bias: Tensor | None = None
     ) -> tuple[Float[Tensor, "token expert"], Float[Tensor, "token k"], Int[Tensor, "token k"]]:
         """(logits of all experts, weights of the picked, which were picked)."""
-        logits = x @ self.W_router
-        probs = torch.softmax(logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        top, indices = torch.topk(probs, self.top_k, dim=-1)
-        return logits, (top / top.sum(dim=-1, keepdim=True)).to(x.dtype), indices
+        logits = x.flatten(0, 1) @ self.W_router
+        return logits, *self.picked(logits)
+
+    def picked(
+        self, logits: Float[Tensor, "token expert"], bias: Tensor | None = None
+    ) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
+        """(weights of the picked, which were picked)."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        top, indices = torch.topk(torch.softmax(logits, dim=-1, dtype=wide), self.top_k, dim=-1)
+        return (top / top.sum(dim=-1, keepdim=True)).to(logits.dtype), indices
 
 
 class Experts(Weights):
@@ -43,6 +49,8 @@ class Experts(Weights):
     ):
         super().__init__()
         self.act_fn = act
+        self.gated = W_gate is not None
+        self.branches: tuple[str, ...] = ("pre", "pre_linear") if self.gated else ("pre",)
         self.put("W_gate", W_gate, None, "")
         self.put("W_in", W_in, None, "")
         self.put("W_out", W_out, None, "")
@@ -64,10 +72,22 @@ class Experts(Weights):
         return out
 
     def _expert(self, e: int, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        return self.out(e, self.post(e, self.pre(e, x)))
+
+    def pre(self, expert: int, x: Float[Tensor, "n d_model"]) -> tuple[Tensor, ...]:
+        """What enters the activation ``[n, d_mlp]``, and the linear branch if gated."""
         p = self._parameters
-        pre = x @ p["W_in"][e]
+        pre = x @ p["W_in"][expert]
         if p["b_in"] is not None:
-            pre = pre + p["b_in"][e]
-        post = self.act_fn(pre) if p["W_gate"] is None else self.act_fn(x @ p["W_gate"][e]) * pre
-        y = post @ p["W_out"][e]
-        return y if p["b_out"] is None else y + p["b_out"][e]
+            pre = pre + p["b_in"][expert]
+        return (x @ p["W_gate"][expert], pre) if self.gated else (pre,)
+
+    def post(self, expert: int, pre: tuple[Tensor, ...]) -> Float[Tensor, "n d_mlp"]:
+        """What the neurons of an expert say."""
+        return self.act_fn(pre[0]) * pre[1] if self.gated else self.act_fn(pre[0])
+
+    def out(self, expert: int, post: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_model"]:
+        """What the neurons of an expert write."""
+        y = post @ self._parameters["W_out"][expert]
+        b_out = self._parameters["b_out"]
+        return y if b_out is None else y + b_out[expert]

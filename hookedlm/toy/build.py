@@ -229,8 +229,8 @@ class LayerMaker:
             b_in=None if cfg.gated_mlp else self.weight(self.new(n, m)),
             b_out=None if cfg.gated_mlp else self.weight(self.new(n, d)),
         )
-        spec = MoESpec(n, k, "softmax_topk", normalise=True, d_mlp=m, act=cfg.act_fn)
-        return MoE(spec, Router(self.weight(self.new(n, d).t()), k), experts)
+        router = Router(self.weight(self.new(n, d).t()), k)
+        return MoE(MoESpec(n, k, d_mlp=m, act=cfg.act_fn), router, experts, router, experts)
 
 
 def _attention_spec(cfg: HookedTransformerConfig, layer: int) -> AttentionSpec:

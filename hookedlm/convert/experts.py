@@ -1,0 +1,142 @@
+"""Hugging Face's routers and experts behind the signatures of `hookedlm.layers.moe`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import linear
+
+from hookedlm.layers.moe import Picks
+
+WIDTHS = ("hidden_dim", "hidden_size", "in_features")
+"""What modules call the width of their input."""
+
+ONCE = ("router_logit_softcapping",)
+"""What a router does to its logits before it returns them: not to be done to them twice."""
+
+
+def matrix_name(router: nn.Module, n_experts: int | None = None) -> str:
+    """The name of the matrix ``[expert, d_model]`` that logits come from."""
+    for name, parameter in router.named_parameters():
+        if parameter.ndim == 2 and parameter.shape[0] == (n_experts or parameter.shape[0]):
+            return name
+    raise AttributeError(f"{type(router).__name__} has no matrix that makes logits")
+
+
+class HFRouting:
+    """Hugging Face's router: ``router(x)`` or ``router(x, bias)`` gives logits, weights, indices; or
+    logits alone, of which ``picks`` makes the other two.
+
+    Logits that were edited pass through the router's own rule: its matrix is replaced by the
+    identity, so that its input is its logits.
+    """
+
+    def __init__(
+        self,
+        router: nn.Module,
+        batched: bool = False,
+        picks: Callable[[Tensor], Picks] | None = None,
+    ):
+        self.router = router
+        self.batched = batched
+        self.picks = picks
+
+    def __call__(
+        self, x: Float[Tensor, "batch pos d_model"], bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = x if self.batched else x.flatten(0, 1)
+        out = self.router(x) if bias is None else self.router(x, bias)
+        return out if self.picks is None else (out, *self.picks(out))
+
+    def picked(self, logits: Float[Tensor, "token expert"], bias: Tensor | None) -> Picks:
+        """The router's own rule, applied to logits."""
+        if self.picks is not None:
+            return self.picks(logits)
+        router, weights = self._of_logits(logits.shape[-1])
+        rows = (logits[None] if self.batched else logits,)
+        _, picked, indices = functional_call(
+            router, weights, rows if bias is None else (*rows, bias)
+        )
+        return picked, indices
+
+    def _of_logits(self, n: int) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The router for inputs that are logits already, and the weights that make it so."""
+        shared = (*self.router.parameters(), *self.router.buffers())
+        router = copy.deepcopy(self.router, {id(x): x for x in shared})
+        for module in router.modules():
+            for name in vars(module):
+                if name in WIDTHS:
+                    setattr(module, name, n)
+                elif name in ONCE:
+                    setattr(module, name, 0.0)
+        name = matrix_name(router, n)
+        old = router.get_parameter(name)
+        weights = {name: torch.eye(n, dtype=old.dtype, device=old.device)}
+        bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
+        if bias in dict(router.named_parameters()):
+            weights[bias] = torch.zeros_like(router.get_parameter(bias))
+        return router, weights
+
+
+class HFNeurons:
+    """The neurons of Hugging Face's experts, from the attributes their common form has.
+
+    ``is_transposed``: matrices are ``[expert, in, out]``. Gate and linear branch stand in one
+    matrix; where an experts class combines them in its own way, they have no hooks of their own.
+    """
+
+    def __init__(self, experts: Any):
+        self.experts = experts
+        own = type(experts)._apply_gate
+        self.separate = own.__name__ == "_default_apply_gate" and experts.has_gate
+        self.branches: tuple[str, ...] = ("pre", "pre_linear") if self.separate else ()
+        if not experts.has_gate:
+            self.branches = ("pre",)
+
+    def pre(self, expert: int, x: Tensor) -> tuple[Tensor, ...]:
+        first = self._linear(x, "gate_up_proj" if self.experts.has_gate else "up_proj", expert)
+        return first.chunk(2, dim=-1) if self.separate else (first,)
+
+    def post(self, expert: int, pre: tuple[Tensor, ...]) -> Tensor:
+        if not self.experts.has_gate:
+            return self.experts.act_fn(pre[0])
+        return self.experts._apply_gate(torch.cat(pre, dim=-1) if self.separate else pre[0])
+
+    def out(self, expert: int, post: Tensor) -> Tensor:
+        return self._linear(post, "down_proj", expert)
+
+    def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
+        W = getattr(self.experts, name)[expert]
+        b = getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
+        return linear(x, W.t() if self.experts.is_transposed else W, b)
+
+
+def neurons_of(experts: nn.Module) -> HFNeurons | None:
+    """The neurons of experts in transformers' common form; None for another."""
+    known = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "down_proj")
+    if not all(hasattr(experts, name) for name in known) or experts.has_post_expert_norm:
+        return None
+    return HFNeurons(experts)
+
+
+class ScaledInputExperts(nn.Module):
+    """Experts whose inputs, not outputs, are weighted, each seeing every token (Llama 4)."""
+
+    def __init__(self, experts: nn.Module, n_experts: int):
+        super().__init__()
+        self.experts = experts
+        self.n_experts = n_experts
+
+    def forward(
+        self, x: Tensor, indices: Tensor, weights: Tensor
+    ) -> Float[Tensor, "token d_model"]:
+        dense = torch.zeros(len(x), self.n_experts, dtype=weights.dtype, device=x.device)
+        dense = dense.scatter(1, indices, weights)
+        scaled = x.repeat(self.n_experts, 1) * dense.t().reshape(-1, 1)
+        return self.experts(scaled).view(self.n_experts, *x.shape).sum(0)

@@ -1,0 +1,133 @@
+"""Read MLPs and mixtures of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hookedlm.convert import hf
+from hookedlm.convert.experts import (
+    HFNeurons,
+    HFRouting,
+    ScaledInputExperts,
+    matrix_name,
+    neurons_of,
+)
+from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
+from hookedlm.families.row import Row
+from hookedlm.layers.mlp import MLPTensors
+from hookedlm.spec import MLPSpec, MoESpec
+
+
+@dataclass
+class MLPReading:
+    """One dense MLP."""
+
+    spec: MLPSpec
+    tensors: MLPTensors
+    act: Any
+
+
+@dataclass
+class MoEReading:
+    """One mixture of experts: Hugging Face's router and experts, and those that all tokens pass."""
+
+    spec: MoESpec
+    router: nn.Module
+    experts: nn.Module
+    routing: HFRouting
+    neurons: HFNeurons | None = None
+    shared: MLPReading | None = None
+    shared_gate: nn.Module | None = None
+    router_bias: Tensor | None = None
+
+
+def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) -> MLPReading:
+    """A dense MLP, gate and linear branch cut apart where they are stored as one."""
+    act = hf.find(block, row.act)
+    down = hf.find(block, row.down)
+    gate, up = hf.find(block, row.gate), hf.find(block, row.up)
+    both = hf.find(block, row.gate_up)
+    if act is None or down is None or (up is None and both is None):
+        raise MissingPartError(f"no MLP at {row.up!r}, {row.down!r} with activation {row.act!r}")
+    b_gate = W_gate = None
+    if both is not None:
+        seen.take(both.weight, hf.bias_of(both))
+        W_gate, W_up = hf.flat_weight(both).chunk(2)
+        b_both = hf.bias_of(both)
+        b_gate, b_up = (None, None) if b_both is None else b_both.chunk(2)
+    else:
+        seen.take(up.weight, hf.bias_of(up))
+        W_up, b_up = hf.flat_weight(up), hf.bias_of(up)
+        if gate is not None:
+            seen.take(gate.weight, hf.bias_of(gate))
+            W_gate, b_gate = hf.flat_weight(gate), hf.bias_of(gate)
+        elif row.gate is not None:
+            raise MissingPartError(f"no gate at {row.gate!r}")
+    seen.take(down.weight, hf.bias_of(down))
+    tensors = MLPTensors(
+        W_in=W_up.t(),
+        W_out=hf.flat_weight(down).t(),
+        b_in=b_up,
+        b_out=hf.bias_of(down),
+        W_gate=None if W_gate is None else W_gate.t(),
+        b_gate=b_gate,
+    )
+    name = type(act).__name__ if isinstance(act, nn.Module) else act.__name__
+    return MLPReading(MLPSpec(W_up.shape[0], W_gate is not None, name), tensors, act)
+
+
+def read_moe(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) -> MoEReading:
+    """A mixture whose router and experts follow transformers' common signature."""
+    router, experts = hf.find(block, row.router), hf.find(block, row.experts)
+    if router is None or experts is None:
+        raise MissingPartError(f"no router at {row.router!r} or experts at {row.experts!r}")
+    bias = hf.find(block, row.router_bias)
+    seen.take_module(router)
+    seen.take_module(experts)
+    seen.take(bias)
+    n_experts, d_model = router.get_parameter(matrix_name(router)).shape
+    top_k = hf.find(router, "top_k") or hf.find(block, row.top_k)
+    if top_k is None:
+        raise MissingPartError(f"no top_k in {type(router).__name__} or at {row.top_k!r}")
+    shared, gate = _shared(block, row, config, seen)
+    down = next(p for name, p in experts.named_parameters() if "down" in name and p.ndim == 3)
+    act = hf.find(experts, ("act_fn", "activation_fn"))
+    spec = MoESpec(
+        n_experts=int(n_experts),
+        top_k=int(top_k),
+        d_mlp=next((n for n in down.shape[1:] if n != d_model), int(d_model)),
+        act=type(act).__name__ if isinstance(act, nn.Module) else str(getattr(act, "__name__", "")),
+        scale=float(hf.resolved(row.routed_scale, block, config) or 1.0),
+        divisor=float(hf.resolved(row.shared_divisor, block, config) or 1.0),
+        d_shared=None if shared is None else shared.spec.d_mlp,
+    )
+    neurons = None if row.weighted_input else neurons_of(experts)
+    if row.weighted_input:
+        experts = ScaledInputExperts(experts, int(n_experts))
+    routing = HFRouting(router, row.router_batched, hf.find(block, row.picks))
+    return MoEReading(spec, router, experts, routing, neurons, shared, gate, bias)
+
+
+def _shared(
+    block: nn.Module, row: Row, config: ConfigReads, seen: Coverage
+) -> tuple[MLPReading | None, nn.Module | None]:
+    """The experts that every token passes: one MLP, with the names of the family's dense ones."""
+    if not isinstance(hf.find(block, row.shared), nn.Module):
+        return None, None
+    place = next(
+        p
+        for p in ((row.shared,) if isinstance(row.shared, str) else row.shared or ())
+        if hf.find(block, p) is not None
+    )
+    parts = {name: getattr(row, name) for name in ("gate", "up", "gate_up", "down", "act")}
+    moved = {
+        name: f"{place}.{part.rpartition('.')[2]}"
+        for name, part in parts.items()
+        if isinstance(part, str)
+    }
+    gate = hf.find(block, row.shared_gate)
+    seen.take_module(gate)
+    return read_mlp(block, row.but(**moved), config, seen), gate
