@@ -2,9 +2,11 @@
 
 __version__ = "0.1.0"
 
+from hookedlm.audio import HookedAudioEncoder as HookedAudioEncoder
 from hookedlm.cache import ActivationCache as ActivationCache
 from hookedlm.config import HookedTransformerConfig as HookedTransformerConfig
 from hookedlm.encoder import HookedEncoder as HookedEncoder
+from hookedlm.encoder_decoder import HookedEncoderDecoder as HookedEncoderDecoder
 from hookedlm.factored_matrix import FactoredMatrix as FactoredMatrix
 from hookedlm.hooks import HookPoint as HookPoint
 from hookedlm.install import install_as as install_as

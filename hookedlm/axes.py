@@ -14,6 +14,7 @@
 | d_vocab | tokens of the vocabulary |
 | expert | experts of a mixture |
 | choice | answers of a classifier |
+| d_conv | channels of the convolutions that hear a waveform |
 | 1 | kept, so that it broadcasts |
 """
 
@@ -30,6 +31,7 @@ AXES = (
     "d_vocab",
     "expert",
     "choice",
+    "d_conv",
     "1",
 )
 
@@ -37,6 +39,7 @@ STREAM = "batch pos d_model"
 SCALE = "batch pos 1"
 QUERY = "batch pos head d_head"
 KEY = "batch pos kv_head d_head"
+CROSS_KEY = "batch key_pos kv_head d_head"
 SCORES = "batch head pos key_pos"
 PER_HEAD = "batch pos head d_model"
 PER_KV_HEAD = "batch pos kv_head d_model"
@@ -44,6 +47,8 @@ NEURONS = "batch pos d_mlp"
 LOGITS = "batch pos d_vocab"
 ROUTING = "batch pos expert"
 EXPERTS = "batch pos expert d_model"
+EXPERT_NEURONS = "batch pos expert d_mlp"
+FEATURES = "batch pos d_conv"
 
 
 def split_axes(axes: str) -> tuple[str, ...]:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from hookedlm.cache import ActivationCache
 from hookedlm.cache.dictionary import held, place
-from hookedlm.derive import Activations, Deferred, Derivation, derivations, points_of
+from hookedlm.derive import (
+    Activations,
+    Deferred,
+    Derivation,
+    derivations,
+    named_blocks,
+    points_of,
+)
 from hookedlm.errors import InputError, StaleCacheError
 from hookedlm.hooks import HookRequest
 from hookedlm.layers.context import Context
@@ -130,8 +137,8 @@ class CachingMethods(HookedRootModule):
         busy = tuple(
             prefix
             for prefix, part in (
-                *((f"blocks.{i}.", block) for i, block in enumerate(self.blocks)),
-                ("ln_final.", self.ln_final),
+                *((f"{name}.", block) for name, block in named_blocks(self).items()),
+                ("ln_final.", self._modules.get("ln_final")),
             )
             if part is not None and any(point.edited for point in points_of(part))
         )
@@ -148,11 +155,13 @@ class CachingMethods(HookedRootModule):
         batched = {name: x[None] for name, x in store.items()} if remove_batch_dim else dict(store)
         recorded = Recorded(batched, self) if quiet else None
         cache = Activations()
+        context_of = dict(zip(named_blocks(self), contexts, strict=False)) | {"": Context()}
         for name in self.hook_dict:
             if name in store:
                 cache[name] = store[name]
             elif recorded is not None and name in quiet and self._reached(name, store):
-                entry = _deferred(quiet[name], name, recorded, _context_of(name, contexts))
+                context = context_of["" if name.startswith("ln_final.") else _block_of(name)]
+                entry = _deferred(quiet[name], name, recorded, context)
                 cache[name] = entry.map(lambda x: x[0]) if remove_batch_dim else entry
         cache.update({name: x for name, x in store.items() if name not in cache})
         return cache
@@ -161,12 +170,11 @@ class CachingMethods(HookedRootModule):
         """Whether the part a derived entry belongs to ran in this pass."""
         if name.startswith("ln_final."):
             return "hook_logits" in store
-        layer = name.split(".")[1]
-        return f"blocks.{layer}.hook_resid_post" in store
+        return f"{_block_of(name)}.hook_resid_post" in store
 
 
-def _context_of(name: str, contexts: Sequence[Context]) -> Context:
-    return contexts[int(name.split(".")[1])] if name.startswith("blocks.") else Context()
+def _block_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
 
 
 class Recorded(Mapping[str, Tensor]):
@@ -179,7 +187,7 @@ class Recorded(Mapping[str, Tensor]):
     def __init__(self, tensors: dict[str, Tensor], model: HookedTransformer):
         self.tensors, self.model = tensors, model
         self.versions = {name: _version(x) for name, x in tensors.items()}
-        self.weights = {name: self._weights_of(name) for name in (*_blocks(model), "ln_final")}
+        self.weights = {name: self._weights_of(name) for name in (*named_blocks(model), "ln_final")}
 
     def __getitem__(self, name: str) -> Tensor:
         x = self.tensors[name]
@@ -195,9 +203,7 @@ class Recorded(Mapping[str, Tensor]):
 
     def check_weights(self, name: str) -> None:
         """Refuse to compute a norm from weights that changed since the run."""
-        part = (
-            name.split(".hook")[0].rsplit(".", 1)[0] if name.startswith("blocks.") else "ln_final"
-        )
+        part = name.split(".hook")[0].rsplit(".", 1)[0]  # of a block's norm, the block
         if self._weights_of(part) != self.weights[part]:
             raise StaleCacheError(
                 f"{name!r} was not read yet, and weights of {part!r} changed since. {HOW_TO_KEEP}"
@@ -213,10 +219,6 @@ HOW_TO_KEEP = (
     "Patterns, scores and norms are computed when first read: read them before, or name them in "
     "names_filter to have them recorded."
 )
-
-
-def _blocks(model: HookedTransformer) -> list[str]:
-    return [f"blocks.{layer}" for layer in range(len(model.blocks))]
 
 
 def _version(x: Tensor) -> int | None:

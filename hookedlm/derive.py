@@ -21,6 +21,7 @@ from hookedlm.layers.attention import Attention
 from hookedlm.layers.bert import BertBlock
 from hookedlm.layers.block import AttentionBranch, ParallelBlock, PostNormBlock
 from hookedlm.layers.context import Context
+from hookedlm.layers.cross import CrossBranch, CrossContext, PostNormCrossBlock
 from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.norm import Norm
 from hookedlm.layers.qkv import from_heads
@@ -111,13 +112,28 @@ Derivation = Callable[[Tensors, Context], Tensor]
 def derivations(model: HookedTransformer) -> dict[str, Derivation]:
     """Name -> how to compute it from a full recording, for every point that allows it."""
     table: dict[str, Derivation] = {}
-    for layer, block in enumerate(model.blocks):
+    for name, block in named_blocks(model).items():
         if isinstance(block, AttentionBranch):
-            table.update(_of_block(f"blocks.{layer}", block))
-    if isinstance(model.ln_final, Norm):
+            table.update(_of_block(name, block))
+    ln_final = model._modules.get("ln_final")
+    if isinstance(ln_final, Norm):
         last = f"blocks.{len(model.blocks) - 1}.hook_resid_post"
-        table.update(_of_norm("ln_final", model.ln_final, partial(_entry, last)))
+        table.update(_of_norm("ln_final", ln_final, partial(_entry, last)))
     return table
+
+
+def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Every block by the name that its points begin with, in the order in which they run."""
+    return {
+        f"{stack}.{layer}": block
+        for stack in ("blocks", "encoder", "decoder")
+        for layer, block in enumerate(_children(model, stack))
+    }
+
+
+def _children(model: nn.Module, name: str) -> list[nn.Module]:
+    module = model._modules.get(name)
+    return list(module.children()) if isinstance(module, nn.ModuleList) else []
 
 
 def _entry(name: str, tensors: Tensors) -> Tensor:
@@ -141,6 +157,9 @@ def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
         inputs = {"ln1": lambda t: t[pre] + t[attn_out], "ln2": lambda t: t[mid] + t[mlp_out]}
     if isinstance(block, BertBlock):
         inputs = {"ln1": lambda t: t[mid], "ln2": lambda t: t[f"{name}.hook_resid_post"]}
+    if isinstance(block, CrossBranch):
+        inputs |= _norms_around_cross_attention(name, block)
+        table.update(_of_attention(f"{name}.cross_attn", block.cross_attn, _cross))
     attn = block.attn
     if isinstance(attn, Attention):
         inputs["ln1_post"] = lambda t: from_heads(
@@ -157,6 +176,20 @@ def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
     return table
 
 
+def _norms_around_cross_attention(
+    name: str, block: CrossBranch
+) -> dict[str, Callable[[Tensors], Tensor]]:
+    pre, mid, crossed = (f"{name}.hook_resid_{x}" for x in ("pre", "mid", "mid_cross"))
+    attn_out, cross_out, mlp_out = (f"{name}.hook_{x}_out" for x in ("attn", "cross_attn", "mlp"))
+    if not isinstance(block, PostNormCrossBlock):
+        return {"ln2": lambda t: t[mid], "ln3": lambda t: t[crossed]}
+    return {
+        "ln1": lambda t: t[pre] + t[attn_out],
+        "ln2": lambda t: t[mid] + t[cross_out],
+        "ln3": lambda t: t[crossed] + t[mlp_out],
+    }
+
+
 def _of_norm(name: str, norm: Norm, read: Callable[[Tensors], Tensor]) -> dict[str, Derivation]:
     def scale(t: Tensors, ctx: Context) -> Tensor:
         return norm.scale_of(read(t))
@@ -168,7 +201,18 @@ def _of_norm(name: str, norm: Norm, read: Callable[[Tensors], Tensor]) -> dict[s
     return {f"{name}.hook_scale": scale, f"{name}.hook_normalized": normalized}
 
 
-def _of_attention(name: str, attn: Attention) -> dict[str, Derivation]:
+def _own(ctx: Context) -> Context:
+    return ctx
+
+
+def _cross(ctx: Context) -> Context:
+    assert isinstance(ctx, CrossContext)
+    return ctx.cross
+
+
+def _of_attention(
+    name: str, attn: Attention, context: Callable[[Context], Context] = _own
+) -> dict[str, Derivation]:
     rot = "rot_" if attn.rotate is not None else ""
 
     def scores(t: Tensors, ctx: Context) -> Tensor:
@@ -177,6 +221,7 @@ def _of_attention(name: str, attn: Attention) -> dict[str, Derivation]:
         scale = attn.spec.scale
         if attn.spec.scale_query:
             q, scale = q * scale, 1.0
+        ctx = context(ctx)
         return attn.scores(q, k, scale, _allowed(attn, q, k, ctx), ctx)
 
     def pattern(t: Tensors, ctx: Context) -> Tensor:

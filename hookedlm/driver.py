@@ -44,6 +44,17 @@ class Preparer(Protocol):
         ...
 
 
+class LatestContexts:
+    """The contexts of the last pass, for entries of a cache that are computed when read."""
+
+    def __init__(self) -> None:
+        self.latest: list[Context] = []
+
+    def forget(self) -> None:
+        """Drop them: the weights moved."""
+        self.latest = []
+
+
 class Driver:
     """Positions, masks and contexts of a pass.
 

@@ -248,6 +248,7 @@ class HookedTransformer(
             "hook_k_input": self.cfg.use_split_qkv_input,
             "hook_v_input": self.cfg.use_split_qkv_input,
             "hook_attn_in": self.cfg.use_attn_in,
+            "hook_cross_attn_in": self.cfg.use_attn_in,
             "hook_mlp_in": self.cfg.use_hook_mlp_in,
         }
         return flags.get(last, False)

@@ -72,18 +72,19 @@ class MLPSpec:
 
 @dataclass(frozen=True)
 class MoESpec:
-    """A mixture of experts around Hugging Face's own router and experts.
+    """A mixture of experts; the rule of routing is its router's own.
 
-    ``order``: softmax over all experts, then pick ("softmax_topk"), or pick, then softmax over the
-    picked ("topk_softmax"). ``normalise``: picked weights are divided by their sum.
+    ``scale`` multiplies what the picked experts write, ``divisor`` divides that and the shared
+    experts. ``d_shared``: neurons of the shared experts together.
     """
 
     n_experts: int
     top_k: int
-    order: Literal["softmax_topk", "topk_softmax"]
-    normalise: bool
     d_mlp: int
     act: str = ""
+    scale: float = 1.0
+    divisor: float = 1.0
+    d_shared: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,15 @@ class BlockSpec:
     residual_scale: float = 1.0
     branches_first: bool = True
     shared_norm: bool = False
+
+
+@dataclass(frozen=True)
+class CrossBlockSpec(BlockSpec):
+    """A decoder's block that attends to an encoder: ``ln2`` is the norm of that, ``ln3`` the
+    MLP's."""
+
+    cross_attn: AttentionSpec | None = None
+    ln3: NormSpec | None = None
 
 
 @dataclass(frozen=True)

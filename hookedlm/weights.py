@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookedlm.cache.ledger import Renorm, Write, ledger
+from hookedlm.derive import named_blocks
 from hookedlm.errors import InputError, WeightError
 from hookedlm.factored_matrix import FactoredMatrix, widened
 from hookedlm.layers.attention import Attention
@@ -31,21 +32,23 @@ class WeightMethods:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            found = vars(WeightMethods).get(name)
+            kinds = (vars(kind) for kind in type(self).__mro__)
+            found = next((attributes[name] for attributes in kinds if name in attributes), None)
             if isinstance(found, property):
                 return found.fget(self)
             raise
 
     def _stacked(self: HookedTransformer, part: str, name: str) -> Tensor:
         found = []
-        for layer, block in enumerate(self.blocks):
+        for place, block in named_blocks(self).items():
+            stack, layer = place.split(".")
             module: Any = block._modules.get(part)
             weight = None if module is None else _weight_of(module, name)
             if weight is None:
                 raise WeightError(
                     f"no {name} for all layers: layer {layer} has none"
                     + _why(block, part)
-                    + f" Layers that have it: model.blocks[l].{part}.{name}."
+                    + f" Layers that have it: model.{stack}[l].{part}.{name}."
                 )
             if name in ("W_K", "W_V", "b_K", "b_V"):
                 weight = repeat_heads(weight, module.spec.n_heads, dim=0)

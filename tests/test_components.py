@@ -12,7 +12,7 @@ from conftest import hooked
 
 import hookedlm
 from hookedlm import HookedTransformer, HookedTransformerConfig, components
-from hookedlm.errors import ConfigError
+from hookedlm.errors import ConfigError, InputError
 from hookedlm.layers.block import ParallelBlock, SequentialBlock
 
 CFG = HookedTransformerConfig(
@@ -233,9 +233,56 @@ def test_parts_of_bert():
     assert components.TokenTypeEmbed(cfg).W_token_type.shape == (2, 16)
 
 
+T5 = changed(
+    positional_embedding_type="relative_positional_bias", act_fn="relu", decoder_start_token_id=0
+)
+
+
+def test_parts_of_t5():
+    model = hookedlm.encoder_decoder.HookedEncoderDecoder(T5)
+    said = TOKENS[:, :4]
+    _, cache = model.run_with_cache(TOKENS, said)
+    bias = {stack: cache[f"{stack}.0.attn.rel_pos_hook"] for stack in ("encoder", "decoder")}
+    encoded = model.encoder_output(TOKENS)
+    for stack, is_decoder in (("encoder", False), ("decoder", True)):
+        for layer, own in enumerate(model.get_submodule(stack)):
+            assert stands_for(own) >= {"T5Block"}
+            assert stands_for(own.attn) >= {"T5Attention", "AbstractAttention"}
+            built = components.T5Block(T5, layer, is_decoder)
+            assert built.state_dict().keys() == own.state_dict().keys()
+            built.load_state_dict(own.state_dict())
+            given = {"encoder_hidden_states": encoded} if is_decoder else {}
+            if layer:
+                given["position_bias"] = bias[stack]
+            for block in (built, copy.deepcopy(built), pickle.loads(pickle.dumps(built))):
+                out = block(cache[f"{stack}.{layer}.hook_resid_pre"], **given)
+                torch.testing.assert_close(out, cache[f"{stack}.{layer}.hook_resid_post"])
+            model.set_submodule(f"{stack}.{layer}", built)
+    model.setup()
+    torch.testing.assert_close(model(TOKENS, said), cache["hook_logits"])
+    with pytest.raises(InputError, match="encoder_hidden_states"):
+        components.T5Block(T5, 0, True)(torch.randn(2, 4, 16))
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_attention_of_t5_alone(is_decoder):
+    attn = components.T5Attention(T5, True, layer_id=0, is_decoder=is_decoder)
+    x = torch.randn(2, 6, 16)
+    q, k, v = (torch.einsum("bpd,hde->bhpe", x, W) for W in (attn.W_Q, attn.W_K, attn.W_V))
+    scores = q @ k.mT + attn.position_bias(2, 6)
+    if is_decoder:
+        scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    expected = torch.einsum("bhpe,hed->bpd", scores.softmax(-1) @ v, attn.W_O)
+    torch.testing.assert_close(attn(x, x, x), expected)
+    assert "rel_pos_bias.weight" in attn.state_dict()
+    assert "rel_pos_bias.weight" not in components.T5Attention(T5).state_dict()
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (lambda: components.T5Attention(T5, attn_type="local"), "attn_type"),
+        (lambda: components.T5Block(T5, 2, False), "layer 2"),
         (lambda: components.PosEmbed(changed(positional_embedding_type="rotary")), "learned"),
         (lambda: components.TransformerBlock(CFG, 2), "layer 2"),
         (lambda: components.Attention(CFG, layer_id=5), "layer 5"),

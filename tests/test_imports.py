@@ -49,7 +49,7 @@ FLOORS = {
         2: "layers families",
         3: "convert",
         4: "model driver toy cache caching derive missing tokens loss weights placing generation "
-        "transforms loading pretrained processing encoder "
+        "transforms loading pretrained processing encoder encoder_decoder audio "
         "sampling data hub inputs samples "
         "state_dicts past_key_values model_configs classic_files checkpoints",
         5: "load patching circuits lenses steering utils prompts head_detector evals train "

@@ -277,6 +277,10 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
         last = f"blocks.{len(self.blocks) - 1}."
         return super()._reached(last if name.startswith("ln_final.") else name, store)
 
+    def cache_size(self, *args: Any, **kwargs: Any) -> Any:
+        """Not measured before a run: always raises NotImplementedError."""
+        raise NotImplementedError("run_with_cache(...)[1].nbytes says what a run has recorded")
+
     def why_missing(self, name: str) -> str:
         """Why a point of the classic naming is absent from this model."""
         if name in ("hook_embed", "hook_pos_embed"):

@@ -75,8 +75,8 @@ def norms_the_stream(block: nn.Module) -> bool:
 
 
 def is_encoder(model: HookedTransformer) -> bool:
-    """Whether the stream begins with BERT's embedding."""
-    return "embed.hook_token_type_embed" in model.hook_dict
+    """Whether the stream begins with an encoder's embedding: a sum that a norm may follow."""
+    return "embed.hook_embed" in model.hook_dict
 
 
 def has_mid(model: HookedTransformer, layer: int) -> bool:
@@ -90,9 +90,9 @@ def has_mid(model: HookedTransformer, layer: int) -> bool:
 
 def embeddings(model: HookedTransformer) -> dict[str, str]:
     """What is in the stream before the first step: label -> hook name."""
-    if is_encoder(model):
-        return {x: f"embed.hook_{x}" for x in ("embed", "pos_embed", "token_type_embed")}
-    found = {x: f"hook_{x}" for x in ("embed", "pos_embed") if f"hook_{x}" in model.hook_dict}
+    place = "embed.hook_" if is_encoder(model) else "hook_"
+    names = {x: f"{place}{x}" for x in ("embed", "pos_embed", "token_type_embed")}
+    found = {x: name for x, name in names.items() if name in model.hook_dict}
     if model.cfg.positional_embedding_type == "shortformer":  # never added to the stream
         found.pop("pos_embed", None)
     return found
@@ -100,10 +100,11 @@ def embeddings(model: HookedTransformer) -> dict[str, str]:
 
 def stream_before(model: HookedTransformer, layer: int, mlp_input: bool = False) -> str:
     """The hook that sees the stream entering a layer, its MLP, or what reads the last."""
-    encodes = is_encoder(model)
     if layer == model.cfg.n_layers:
-        last = "hook_normalized_resid_post" if encodes else "hook_resid_post"
+        normed = layer > 0 and isinstance(model.blocks[layer - 1], BertBlock)
+        last = "hook_normalized_resid_post" if normed else "hook_resid_post"
         return f"blocks.{layer - 1}.{last}"
     if mlp_input and has_mid(model, layer):
-        return f"blocks.{layer}.{'ln1.hook_normalized' if encodes else 'hook_resid_mid'}"
+        normed = isinstance(model.blocks[layer], BertBlock)
+        return f"blocks.{layer}.{'ln1.hook_normalized' if normed else 'hook_resid_mid'}"
     return f"blocks.{layer}.hook_resid_pre"

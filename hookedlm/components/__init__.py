@@ -28,3 +28,5 @@ from hookedlm.components.pointwise import PosEmbed as PosEmbed
 from hookedlm.components.pointwise import RMSNorm as RMSNorm
 from hookedlm.components.pointwise import RMSNormPre as RMSNormPre
 from hookedlm.components.pointwise import Unembed as Unembed
+from hookedlm.components.t5 import T5Attention as T5Attention
+from hookedlm.components.t5 import T5Block as T5Block

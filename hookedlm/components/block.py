@@ -28,7 +28,7 @@ class TransformerBlock(nn.Module, metaclass=Part):
         layer = checked_layer(block_index, cfg)
         built = LayerMaker(cfg).block(layer)
         layout: type = type(built)
-        self.__class__ = _with_layout(type(self), layout)
+        self.__class__ = with_layout(type(self), layout)
         become(self, built, cfg)
         self.block_index = block_index
         self.prepare = ToyPreparer(cfg)
@@ -51,15 +51,16 @@ class TransformerBlock(nn.Module, metaclass=Part):
         return super().forward(resid_pre, ctx)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _empty, type(self).__bases__, vars(self)  # the class below has no name to pickle
+        return empty, type(self).__bases__, vars(self)  # the class below has no name to pickle
 
 
 @functools.cache
-def _with_layout(kind: type, layout: type) -> Any:
+def with_layout(kind: type, layout: type) -> Any:
     """The subclass of both: the block of the user's kind with the forward pass of a layout."""
     return Part(kind.__name__, (kind, layout), {"__module__": kind.__module__})
 
 
-def _empty(kind: type, layout: type) -> Any:
-    made = _with_layout(kind, layout)
+def empty(kind: type, layout: type) -> Any:
+    """Such a block without anything in it, for unpickling."""
+    made = with_layout(kind, layout)
     return made.__new__(made)

@@ -30,8 +30,8 @@ def matrix_name(router: nn.Module, n_experts: int | None = None) -> str:
 
 
 class HFRouting:
-    """Hugging Face's router: ``router(x)`` or ``router(x, bias)`` gives logits, weights, indices; or
-    logits alone, of which ``picks`` makes the other two.
+    """Hugging Face's router: ``router(x)`` or ``router(x, bias)`` gives logits, weights, indices;
+    or logits alone, of which ``picks`` makes the other two.
 
     Logits that were edited pass through the router's own rule: its matrix is replaced by the
     identity, so that its input is its logits.

@@ -14,6 +14,7 @@ from hookedlm.caching import CachingMethods
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.check import TOLERANCES
 from hookedlm.convert.encoder import EncoderLayers, bidirectional_mask, truth_of
+from hookedlm.driver import LatestContexts
 from hookedlm.encoder.loading import fresh_layers, load_encoder
 from hookedlm.errors import ConversionError, InputError, TokenizerError, WeightError
 from hookedlm.hooks import HookPoint
@@ -27,17 +28,6 @@ Tokens = Int[Tensor, "batch pos"]
 Input = str | Sequence[str] | Tokens | Int[Tensor, "pos"]
 ReturnType = Literal["logits", "predictions", "next_sentence"] | None
 RETURN_TYPES = ("logits", "predictions", "next_sentence", None)
-
-
-class _Contexts:
-    """The contexts of the last pass, for entries of a cache that are computed when read."""
-
-    def __init__(self) -> None:
-        self.latest: list[Context] = []
-
-    def forget(self) -> None:
-        """Drop them: the weights moved."""
-        self.latest = []
 
 
 class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootModule):
@@ -64,7 +54,7 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
         layers = fresh_layers(self.cfg) if layers is None else layers
         self._mask_config = layers.config
         self._outside: list[Any] = []
-        self.driver = _Contexts()
+        self.driver = LatestContexts()
         self.embed = layers.embed
         self.hook_full_embed = HookPoint(STREAM, shares=True)
         self.blocks = nn.ModuleList(layers.blocks)
@@ -274,6 +264,10 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
     set_use_split_qkv_input = HookedTransformer.set_use_split_qkv_input
     set_use_attn_in = HookedTransformer.set_use_attn_in
     set_use_hook_mlp_in = HookedTransformer.set_use_hook_mlp_in
+
+    def cache_size(self, *args: Any, **kwargs: Any) -> Any:
+        """Not measured before a run: always raises NotImplementedError."""
+        raise NotImplementedError("run_with_cache(...)[1].nbytes says what a run has recorded")
 
     def why_missing(self, name: str) -> str:
         """Why a point of the classic naming is absent from this model."""

@@ -11,10 +11,12 @@ from hookedlm import head_detector as head_detector
 from hookedlm import patching as patching
 from hookedlm import train as train
 from hookedlm import utils as utils
+from hookedlm.audio import HookedAudioEncoder as HookedAudioEncoder
 from hookedlm.cache import ActivationCache as ActivationCache
 from hookedlm.config import HookedTransformerConfig as HookedTransformerConfig
 from hookedlm.encoder import BertNextSentencePrediction as BertNextSentencePrediction
 from hookedlm.encoder import HookedEncoder as HookedEncoder
+from hookedlm.encoder_decoder import HookedEncoderDecoder as HookedEncoderDecoder
 from hookedlm.factored_matrix import FactoredMatrix as FactoredMatrix
 from hookedlm.install import make_modules as _make_modules
 from hookedlm.model import HookedTransformer as HookedTransformer

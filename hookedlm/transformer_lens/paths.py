@@ -24,6 +24,8 @@ PARTS = {
     "pos_embed": "PosEmbed",
     "rms_norm": "RMSNorm",
     "rms_norm_pre": "RMSNormPre",
+    "t5_attention": "T5Attention",
+    "t5_block": "T5Block",
     "token_typed_embed": "TokenTypeEmbed",
     "transformer_block": "TransformerBlock",
     "unembed": "Unembed",
@@ -41,7 +43,9 @@ MODULES: dict[str, Content] = {
     "ActivationCache": {"hookedlm.cache": "ActivationCache"},
     "BertNextSentencePrediction": {"hookedlm.encoder": "BertNextSentencePrediction"},
     "FactoredMatrix": {"hookedlm.factored_matrix": "FactoredMatrix"},
+    "HookedAudioEncoder": {"hookedlm.audio": "HookedAudioEncoder"},
     "HookedEncoder": {"hookedlm.encoder": "HookedEncoder"},
+    "HookedEncoderDecoder": {"hookedlm.encoder_decoder": "HookedEncoderDecoder"},
     "HookedTransformer": {
         "hookedlm.model": "HookedTransformer, Output, Loss",
         "hookedlm.config": "DTYPES as DTYPE_FROM_STRING, HookedTransformerConfig",
@@ -80,7 +84,8 @@ MODULES: dict[str, Content] = {
         "hookedlm.components": (
             "AbstractAttention, Attention, BertBlock, BertEmbed, BertMLMHead, BertNSPHead, "
             "BertPooler, Embed, GatedMLP, GroupedQueryAttention, LayerNorm, LayerNormPre, MLP, "
-            "MoE, PosEmbed, RMSNorm, RMSNormPre, TokenTypeEmbed, TransformerBlock, Unembed"
+            "MoE, PosEmbed, RMSNorm, RMSNormPre, T5Attention, T5Block, TokenTypeEmbed, "
+            "TransformerBlock, Unembed"
         ),
     },
     **{f"components.{path}": {"hookedlm.components": names} for path, names in PARTS.items()},
@@ -103,21 +108,13 @@ MODULES: dict[str, Content] = {
     "utilities.library_utils": {"hookedlm.tensors": "is_library_available"},
 }
 
-_NO_T5 = "encoder-decoders are not built yet; HookedTransformer hooks decoders, HookedEncoder BERT"
 _ONE_DEVICE = "a model stands on one device here: model.device, model.to(device)"
 _INTERNAL = "a step of TransformerLens' own forward pass; torch.nn.functional.linear does the same"
 
 ABSENT: dict[str, str] = {
-    "HookedAudioEncoder": (
-        "speech encoders are not built yet; HookedTransformer hooks decoders, HookedEncoder BERT"
-    ),
-    "HookedEncoderDecoder": _NO_T5,
-    "components.T5Attention": _NO_T5,
-    "components.T5Block": _NO_T5,
-    "components.t5_attention": _NO_T5,
-    "components.t5_block": _NO_T5,
     "lit": (
-        "the Language Interpretability Tool's server is not wrapped; hookedlm.plots draws figures"
+        "a network service: it runs the server of the Language Interpretability Tool; "
+        "hookedlm.plots draws figures"
     ),
     "utilities.addmm": _INTERNAL,
     "utilities.attention": _INTERNAL,
