@@ -218,7 +218,7 @@ def _expert_readers(moe: MoE, norm: Norm) -> tuple[list[Reader], str]:
         if part is not None
         for module in part.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 2 and 1 not in parameter.shape[1:]
+        if parameter.ndim == 2 and "bias" not in name
     ]
     if not readers:
         return [], "its router has no matrix"
