@@ -63,7 +63,10 @@ def sizes_of(model: HookedTransformer, name: str, batch: int, pos: int) -> tuple
         "expert": cfg.num_experts,
         "1": 1,
     }
-    return tuple(sizes[axis] for axis in model.hook_dict[name].axes)
+    axes = model.hook_dict[name].axes
+    if "expert" in axes:  # layers with and without experts may differ in width
+        sizes["d_mlp"] = model.blocks[int(name.split(".")[1])].mlp.spec.d_mlp
+    return tuple(sizes[axis] for axis in axes)
 
 
 # Axes ---------------------------------------------------------------------------------------------
