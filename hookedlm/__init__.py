@@ -7,9 +7,11 @@ from hookedlm.cache import ActivationCache as ActivationCache
 from hookedlm.config import HookedTransformerConfig as HookedTransformerConfig
 from hookedlm.encoder import HookedEncoder as HookedEncoder
 from hookedlm.encoder_decoder import HookedEncoderDecoder as HookedEncoderDecoder
+from hookedlm.families import Row as Row
 from hookedlm.factored_matrix import FactoredMatrix as FactoredMatrix
 from hookedlm.hooks import HookPoint as HookPoint
 from hookedlm.install import install_as as install_as
+from hookedlm.load import guess_templates as guess_templates
 from hookedlm.load import load as load
 from hookedlm.load import load_demo as load_demo
 from hookedlm.model import HookedTransformer as HookedTransformer

@@ -8,11 +8,17 @@
 | head | query head, ``cfg.n_heads`` of them |
 | kv_head | key/value head, ``cfg.n_key_value_heads`` of them |
 | d_head | width of one head |
+| d_value | width of one head's values, where it is another than ``d_head`` |
+| d_latent | width of the bottleneck of latent attention: one for queries, one for keys and values |
 | d_all | all heads side by side, ``n_heads * d_head`` (norms over the full width of q or k) |
 | d_model | width of the residual stream |
 | d_mlp | neurons of an MLP |
 | d_vocab | tokens of the vocabulary |
 | expert | experts of a mixture |
+| stream | residual streams side by side, where a model keeps several |
+| patch | what a block works on that is no token: a patch of several, or more than the tokens |
+| d_gate | width of a head's output gate: 1, or ``d_head`` |
+| d_layer_input | what a token says to a single layer (Gemma 4) |
 | choice | answers of a classifier |
 | d_conv | channels of the convolutions that hear a waveform |
 | 1 | kept, so that it broadcasts |
@@ -25,11 +31,17 @@ AXES = (
     "head",
     "kv_head",
     "d_head",
+    "d_value",
+    "d_latent",
     "d_model",
     "d_all",
     "d_mlp",
     "d_vocab",
     "expert",
+    "stream",
+    "patch",
+    "d_gate",
+    "d_layer_input",
     "choice",
     "d_conv",
     "1",
@@ -38,7 +50,11 @@ AXES = (
 STREAM = "batch pos d_model"
 SCALE = "batch pos 1"
 QUERY = "batch pos head d_head"
+GATE = "batch pos head d_gate"
 KEY = "batch pos kv_head d_head"
+VALUE = "batch pos kv_head d_value"
+Z = "batch pos head d_value"
+LATENT = "batch pos d_latent"
 CROSS_KEY = "batch key_pos kv_head d_head"
 SCORES = "batch head pos key_pos"
 PER_HEAD = "batch pos head d_model"
@@ -46,9 +62,11 @@ PER_KV_HEAD = "batch pos kv_head d_model"
 NEURONS = "batch pos d_mlp"
 LOGITS = "batch pos d_vocab"
 ROUTING = "batch pos expert"
+LAYER_INPUT = "batch pos d_layer_input"
 EXPERTS = "batch pos expert d_model"
 EXPERT_NEURONS = "batch pos expert d_mlp"
 FEATURES = "batch pos d_conv"
+STREAMS = "batch pos stream d_model"
 
 
 def split_axes(axes: str) -> tuple[str, ...]:

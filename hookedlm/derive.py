@@ -22,7 +22,10 @@ from hookedlm.layers.bert import BertBlock
 from hookedlm.layers.block import AttentionBranch, ParallelBlock, PostNormBlock
 from hookedlm.layers.context import Context
 from hookedlm.layers.cross import CrossBranch, CrossContext, PostNormCrossBlock
+from hookedlm.layers.hybrid import MLPBlock
+from hookedlm.layers.latent import SparseLatentAttention
 from hookedlm.layers.mlp import MLP, GatedMLP
+from hookedlm.layers.per_layer import PerLayerInputBlock
 from hookedlm.layers.norm import Norm
 from hookedlm.layers.qkv import from_heads
 
@@ -151,7 +154,7 @@ def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
     attn_out, mlp_out = f"{name}.hook_attn_out", f"{name}.hook_mlp_out"
     inputs: dict[str, Callable[[Tensors], Tensor]] = {
         "ln1": lambda t: t[pre],
-        "ln2": lambda t: t[pre] if isinstance(block, ParallelBlock) else t[mid],
+        "ln2": lambda t: t[pre] if isinstance(block, (ParallelBlock, MLPBlock)) else t[mid],
     }
     if isinstance(block, PostNormBlock):
         inputs = {"ln1": lambda t: t[pre] + t[attn_out], "ln2": lambda t: t[mid] + t[mlp_out]}
@@ -160,15 +163,20 @@ def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
     if isinstance(block, CrossBranch):
         inputs |= _norms_around_cross_attention(name, block)
         table.update(_of_attention(f"{name}.cross_attn", block.cross_attn, _cross))
-    attn = block.attn
+    attn = block._modules.get("attn")
     if isinstance(attn, Attention):
         inputs["ln1_post"] = lambda t: from_heads(
             t[f"{name}.attn.hook_z"], attn.W_O, attn.live("b_O")
         )
         table.update(_of_attention(f"{name}.attn", attn))
+    elif "mixer" in block._modules:
+        inputs["ln1_post"] = lambda t: t[f"{name}.mixer.hook_out"]
     mlp = block._modules.get("mlp")
     if isinstance(mlp, (MLP, GatedMLP)):
         inputs["ln2_post"] = lambda t: mlp.out(t[f"{name}.mlp.hook_post"])
+    if isinstance(block, PerLayerInputBlock):
+        ple = block.ple
+        inputs["ple_norm"] = lambda t: ple.out(t[f"{name}.ple.hook_post"])
     for norm_name, read in inputs.items():
         norm = block._modules.get(norm_name)
         if isinstance(norm, Norm):
@@ -213,6 +221,8 @@ def _cross(ctx: Context) -> Context:
 def _of_attention(
     name: str, attn: Attention, context: Callable[[Context], Context] = _own
 ) -> dict[str, Derivation]:
+    if isinstance(attn, SparseLatentAttention):
+        return {}  # which keys were picked is not recorded
     rot = "rot_" if attn.rotate is not None else ""
 
     def scores(t: Tensors, ctx: Context) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -29,6 +29,13 @@ class Preparer(Protocol):
     module: nn.Module | None
     reusable: bool
     remembers: bool
+    own_cache: type | None
+    reads_tokens: bool
+    accepts: set[str]
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise InputError on inputs that this model has no use for."""
+        ...
 
     def __call__(
         self,
@@ -118,10 +125,13 @@ class Driver:
         position_ids: Int[Tensor, "batch pos"],
         cache: Any,
         pos_embed: Tensor | None = None,
+        embeds: Float[Tensor, "batch pos d_embed"] | None = None,
+        others: Mapping[str, Any] | None = None,
     ) -> Prepared:
         """Everything the blocks need for this pass, from the stream entering block 0 (or, where
-        only Hugging Face can embed, from the tokens)."""
-        plain = mask is None and cache is None
+        only Hugging Face can embed, from the tokens). ``embeds`` stand for the rows of an embedding
+        table, before anything is added to them; ``others`` is what else the base takes."""
+        plain = mask is None and cache is None and not others
         key: tuple[Any, ...] | None = None
         if plain and self.preparer.reusable and stream is not None and pos_embed is None:
             key = (
@@ -134,10 +144,15 @@ class Driver:
                 self._kept.move_to_end(key)
                 self.latest = self._kept[key].contexts
                 return self._kept[key]
-        extra = {} if pos_embed is None else {"pos_embed": pos_embed}
+        extra: dict[str, Any] = {} if pos_embed is None else {"pos_embed": pos_embed}
+        if others:
+            extra["others"] = others
+        told = self.preparer.reads_tokens  # some of what is prepared then comes from the stream
+        if stream is not None:
+            embeds = stream if told else stream.detach()
         prepared = self.preparer(
-            tokens=tokens if stream is None else None,
-            embeds=None if stream is None else stream.detach(),
+            tokens=tokens if embeds is None or told else None,
+            embeds=embeds,
             attention_mask=mask,
             position_ids=None if plain else position_ids,
             cache=cache,

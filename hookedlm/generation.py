@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hookedlm.convert.prepare import OURS
+from hookedlm.convert import hf
+from hookedlm.convert.text_model import text_config
 from hookedlm.errors import InputError
-from hookedlm.layers.block import MixerBlock
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -50,14 +52,23 @@ class Generator(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs: Any,
+        inputs_embeds: Tensor | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """One step: hooks run, told by ``hook.pos_offset`` where they are."""
-        assert input_ids is not None
+        takes = self.hooked[0].driver.preparer.accepts - OURS
         logits = self.hooked[0](
-            input_ids, attention_mask=attention_mask, past_kv_cache=past_key_values
+            input_ids,
+            attention_mask=attention_mask,
+            past_kv_cache=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **{name: x for name, x in others.items() if name in takes},
         )
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """The hooked model knows what it takes, and says so."""
 
 
 class GenerationMethods:
@@ -90,15 +101,25 @@ class GenerationMethods:
 
         ``input``: text, texts or tokens; several are padded on the left. Hooks stay active: with
         the cache they see only new positions, and ``hook.pos_offset`` tells where they are.
+        ``inputs_embeds`` may stand for the prompt; then only what is new comes back.
         ``do_sample=False`` or ``temperature=0`` is greedy. Rows that met eos are padded. Everything
         else transformers' ``generate`` takes may be passed too.
         """
-        tokens, mask = self._prompt(input, prepend_bos, attention_mask)
+        prompt: dict[str, Tensor]
+        if "inputs_embeds" in generation_kwargs:
+            _, mask = self._read_embeds(
+                generation_kwargs["inputs_embeds"], input or None, None, attention_mask, None
+            )
+            prompt = {} if mask is None else {"attention_mask": mask}
+            mask = torch.ones(len(generation_kwargs["inputs_embeds"]), 0)  # what comes back is new
+        else:
+            tokens, mask = self._prompt(input, prepend_bos, attention_mask)
+            prompt = {"input_ids": tokens, "attention_mask": mask}
         if return_type not in ("input", "str", "tokens"):
             raise InputError(f"return_type={return_type!r}: expected 'input', 'str' or 'tokens'")
         if return_type == "str":
             self._the_tokenizer("return_type='str'")
-        was_text = isinstance(input, (str, list, tuple))
+        was_text = "input_ids" in prompt and isinstance(input, (str, list, tuple))
         options = self._generation_options(stop_at_eos, eos_token_id, do_sample, temperature)
         options |= {
             name: value
@@ -114,17 +135,19 @@ class GenerationMethods:
         if freq_penalty:
             given = generation_kwargs.pop("logits_processor", None) or []
             options["logits_processor"] = [FrequencyPenalty(freq_penalty), *given]
+        cached = use_past_kv_cache and self._can_cache()
+        if cached and (own_cache := self.driver.preparer.own_cache) is not None:
+            options["past_key_values"] = own_cache()
         out = self._generator().generate(
-            input_ids=tokens,
-            attention_mask=mask,
+            **prompt,
             max_new_tokens=max_new_tokens,
-            use_cache=use_past_kv_cache and self._can_cache(),
+            use_cache=cached,
             **(options | generation_kwargs),
         )
         self.run_state.pos_offset = 0
         if return_type == "str" or (return_type == "input" and was_text):
             texts = self._texts(out, mask)
-            return texts[0] if isinstance(input, str) else texts
+            return texts[0] if isinstance(input, str) and was_text else texts
         return out
 
     def _prompt(
@@ -167,24 +190,22 @@ class GenerationMethods:
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             return self.tokenizer.eos_token_id
         own = self._outside[0]
-        return None if own is None else own.config.get_text_config().eos_token_id
+        return hf.find(None if own is None else text_config(own), "eos_token_id")
 
     def _can_cache(self: HookedTransformer) -> bool:
-        """Whether every layer keeps its past in transformers' cache (recurrent mixers do not, nor
-        do families whose code takes none)."""
-        recurrent = any(isinstance(block, MixerBlock) for block in self.blocks)
-        return self.driver.preparer.remembers and not recurrent
+        """Whether the family's code takes transformers' cache (some keep a state of their own)."""
+        return self.driver.preparer.remembers
 
     def _generator(self: HookedTransformer) -> Generator:
-        own = self._outside[0]
-        if own is None:
+        config = hf.find(self._outside[0], "config")
+        if not isinstance(config, PretrainedConfig):
             config = PretrainedConfig(
                 num_hidden_layers=self.cfg.n_layers,
                 hidden_size=self.cfg.d_model,
                 vocab_size=self.cfg.d_vocab,
             )
         else:
-            config = copy.deepcopy(own.config)
+            config = copy.deepcopy(config)
         return Generator(self, config)
 
     def _texts(self: HookedTransformer, out: Tensor, mask: Tensor) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
+from hookedlm.convert.hf import length_of
+from hookedlm.embeds import EmbedsMethods
 from hookedlm.errors import InputError
 from hookedlm.past_key_values import HookedTransformerKeyValueCache
 
@@ -23,7 +25,7 @@ Side = Literal["left", "right"]
 Input = str | Sequence[str] | Tokens | Int[Tensor, "pos"] | Stream
 
 
-class InputMethods:
+class InputMethods(EmbedsMethods):
     """What the model is given, read and embedded."""
 
     def input_to_embed(
@@ -97,7 +99,7 @@ class InputMethods:
             )
         if isinstance(past_kv_cache, HookedTransformerKeyValueCache):
             past_kv_cache.check_rows(batch_size)
-        return int(past_kv_cache.get_seq_length())
+        return length_of(past_kv_cache)
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -175,8 +177,14 @@ class InputMethods:
         past: int,
         cache: Any,
         shortformer_pos_embed: Stream | None,
+        inputs_embeds: Stream | None = None,
+        others: Mapping[str, Any] | None = None,
     ) -> tuple[Stream, Any]:
         """The stream entering the first block to run, and the contexts of all."""
+        if inputs_embeds is not None or others:
+            return self._enter_merged(
+                tokens, stream, mask, past, cache, inputs_embeds, dict(others or {})
+            )
         given = stream if stream is not None else tokens
         assert given is not None
         n_new = given.shape[1]
@@ -212,22 +220,35 @@ class InputMethods:
         return self._positioned(self.hook_embed(self.embed(tokens)), mask, past)
 
     def _positioned(
-        self: HookedTransformer, embedded: Stream, mask: Tensor | None, past: int
+        self: HookedTransformer,
+        embedded: Stream,
+        mask: Tensor | None,
+        past: int,
+        positions: Int[Tensor, "batch pos"] | None = None,
     ) -> tuple[Stream, Stream | None]:
         """(stream, position embedding if it stays apart from the stream)."""
+        if "token_type_embed" in self._modules:  # a single sentence: all of type 0
+            zeros = torch.zeros(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+            embedded = embedded + self.hook_token_type_embed(self.token_type_embed(zeros))
         if self.pos_embed is None:
-            return embedded, None
+            return self._summed(embedded), None
         n_new, n_known = embedded.shape[1], self.pos_embed.W_pos.shape[0]
         if past + n_new > n_known:
             raise InputError(
                 f"{past + n_new} positions, but this model has position embeddings for "
                 f"{n_known} (cfg.n_ctx)"
             )
-        positions = self.driver.positions(mask, n_new, past, embedded.device)
+        counted = mask if self.pos_embed.skips_padding else None
+        if positions is None:
+            positions = self.driver.positions(counted, n_new, past, embedded.device)
         places = self.hook_pos_embed(self.pos_embed.at(positions).expand(embedded.shape))
         if self.cfg.positional_embedding_type == "shortformer":
             return embedded, places
-        return embedded + places, None
+        return self._summed(embedded + places), None
+
+    def _summed(self: HookedTransformer, stream: Stream) -> Stream:
+        """The sum of embeddings as block 0 reads it: some families norm it."""
+        return self.embed_ln(stream) if "embed_ln" in self._modules else stream
 
 
 def _of_batch(mask: Tensor | None, n_rows: int) -> Tensor | None:

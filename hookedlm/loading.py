@@ -17,9 +17,12 @@ from transformers.utils import logging
 from hookedlm.aliases import ALIASES, official_name
 from hookedlm.classic_files import ClassicCheckpoint, StateDict, find_classic, first_layers
 from hookedlm.config import HookedTransformerConfig
+from hookedlm.convert import hf
 from hookedlm.convert.convert import Conversion, convert
 from hookedlm.convert.describe import config_fields, dtype_of
+from hookedlm.convert.text_model import auto_class
 from hookedlm.errors import LoadError
+from hookedlm.families import Row
 from hookedlm.names import nearest
 
 TOKENIZER_FILES = (
@@ -90,13 +93,15 @@ def load_layers(
     n_ctx: int | None = None,
     first_n_layers: int | None = None,
     checkpoint: int | None = None,
+    row: Row | None = None,
     **kwargs: Any,
 ) -> Loaded:
     """Find, read and convert. ``dtype=None`` keeps what the checkpoint or module has.
 
     A module is neither moved nor changed unless ``device`` or ``dtype`` ask for it, and then a copy
     is. ``checkpoint`` is a training step, for checkpoints that keep them in files. Raises LoadError
-    when a name leads nowhere, ConversionError when ``strict`` finds an opaque part.
+    when a name leads nowhere, ConversionError when ``strict`` finds an opaque part. ``row`` says
+    where the parts of a model are, in place of its type's own.
     """
     if isinstance(model, nn.Module):
         hf_model, name = model, _name_of(model)
@@ -115,7 +120,7 @@ def load_layers(
     elif first_n_layers is not None or kwargs:
         extra = ", ".join(["first_n_layers"] * (first_n_layers is not None) + list(kwargs))
         raise LoadError(f"{extra}: only used when a checkpoint is read, not with a module")
-    conversion = convert(hf_model, strict=strict)
+    conversion = convert(hf_model, strict=strict, row=row)
     if tokenizer is None:
         if path is None:  # a module, which may have been given a name beside it
             path, local = (_name_of(hf_model), True) if model is hf_model else resolve(name)
@@ -174,8 +179,9 @@ def _shorten_positions(conversion: Conversion, n_ctx: int) -> None:
 
 
 def _name_of(model: Any) -> str:
-    name = str(vars(model).get("name_or_path") or model.config._name_or_path or "")
-    return name or str(model.config.model_type)
+    named = (vars(model).get("name_or_path"), hf.find(model, "config._name_or_path"))
+    kind = hf.find(model, "config.model_type") or type(model).__name__
+    return str(next((name for name in named if name), kind))
 
 
 def _from_files(
@@ -198,7 +204,7 @@ def _from_files(
             config = AutoConfig.from_pretrained(path, **where)
             options["config"] = shortened(config, first_n_layers)
         with _without_advice(first_n_layers is not None):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = _auto_class(path, options).from_pretrained(
                 path, output_loading_info=True, **options
             )
         if missing := sorted(report["missing_keys"]):
@@ -221,6 +227,32 @@ def _from_files(
             f"no model {name!r}: it is neither a folder nor reachable on the hub (offline, or "
             f"misspelt).{hint} Without a network, 'demo' and local folders work."
         ) from error
+
+
+WHERE = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Options that say how a file is found."""
+
+
+def _auto_class(path: str, options: dict[str, Any]) -> Any:
+    """The Auto class for a checkpoint: by its config, where transformers can read that."""
+    config = options.get("config")
+    if config is None:
+        try:
+            where = {name: options[name] for name in WHERE if name in options}
+            config = AutoConfig.from_pretrained(path, **where)
+        except (OSError, ValueError, KeyError):
+            return AutoModelForCausalLM  # whose own words will do
+    return auto_class(config)
 
 
 @contextmanager

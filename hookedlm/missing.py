@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.block import AttentionBranch, ParallelBlock, PostNormBlock
 from hookedlm.layers.moe import MoE
+from hookedlm.layers.reusing import ReusingAttention
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -26,6 +27,10 @@ def why_missing(model: HookedTransformer, name: str) -> str:
     if not isinstance(block, AttentionBranch):
         reason = vars(block.spec).get("reason", "its mixer is not attention")
         return f"This block runs as Hugging Face wrote it ({reason})."
+    if rest.startswith(("attn.", "hook_attn", "mlp.", "hook_mlp", "hook_resid_mid")):
+        branch = "mlp" if "mlp" in rest else "attn"
+        if branch not in block._modules:
+            return "This block has no attention." if branch == "attn" else "This block has no MLP."
     if rest.startswith("attn.") and not isinstance(block.attn, Attention):
         return f"Attention runs as Hugging Face wrote it here ({block.attn.spec.reason})."
     if rest == "hook_resid_mid" and isinstance(block, ParallelBlock):
@@ -36,6 +41,10 @@ def why_missing(model: HookedTransformer, name: str) -> str:
         return "This family normalises the stream itself: see ln1 and ln2."
     if "rot_" in rest:
         return "This layer does not rotate queries and keys."
+    if "_latent" in rest:
+        return "Only latent attention reads queries, keys and values from a bottleneck."
+    if rest == "attn.hook_k" and isinstance(block.attn, ReusingAttention):
+        return "This layer takes its keys from an earlier one: see hook_rot_k, and that layer."
     if rest == "hook_attn_in":
         return "Its queries are grouped: use hook_q_input, hook_k_input and hook_v_input."
     if rest.startswith("mlp.") and isinstance(block._modules.get("mlp"), MoE):

@@ -17,8 +17,11 @@ from hookedlm.errors import InputError
 from hookedlm.generation import GenerationMethods
 from hookedlm.hooks import HookPoint
 from hookedlm.inputs import Input, InputMethods, Stream, Tokens
+from hookedlm.layers.bert import BertMLMHead
 from hookedlm.layers.block import AttentionBranch
-from hookedlm.layers.embed import Embed, PosEmbed, Unembed
+from hookedlm.layers.embed import Embed, PosEmbed, TokenTypeEmbed, Unembed
+from hookedlm.layers.norm import Norm
+from hookedlm.lent import LentMethods, loop_of
 from hookedlm.loss import lm_cross_entropy_loss
 from hookedlm.missing import why_missing
 from hookedlm.placing import PlacingMethods
@@ -50,6 +53,7 @@ class HookedTransformer(
     GenerationMethods,
     SampleMethods,
     InputMethods,
+    LentMethods,
     TokenMethods,
     WeightMethods,
     PlacingMethods,
@@ -91,12 +95,23 @@ class HookedTransformer(
         if self.cfg.use_hook_tokens:
             self.hook_tokens = HookPoint("batch pos", shares=True)
         self.embed: Embed | None = layers.embed
-        self.hook_embed = HookPoint(STREAM, shares=True)
+        if vars(preparer).get("shows_embed", True):
+            self.hook_embed = HookPoint(STREAM, shares=True)
         self.pos_embed: PosEmbed | None = layers.pos_embed
         if layers.pos_embed is not None:
             self.hook_pos_embed = HookPoint(STREAM, shares=True)
+        type_embed: TokenTypeEmbed | None = vars(layers).get("type_embed")
+        if type_embed is not None:
+            self.token_type_embed = type_embed
+            self.hook_token_type_embed = HookPoint(STREAM, shares=True)
+        embed_ln: Norm | None = vars(layers).get("embed_ln")
+        if embed_ln is not None:
+            self.embed_ln = embed_ln
         self.blocks = nn.ModuleList(layers.blocks)
         self.ln_final: nn.Module | None = layers.ln_final
+        mlm_head: BertMLMHead | None = vars(layers).get("mlm_head")
+        if mlm_head is not None:
+            self.mlm_head = mlm_head
         self.unembed: Unembed | None = layers.unembed
         self.hook_logits = HookPoint(LOGITS)
         self.set_ungroup_grouped_query_attention(self.cfg.ungroup_grouped_query_attention)
@@ -110,7 +125,7 @@ class HookedTransformer(
 
     def forward(
         self,
-        input: Input,
+        input: Input | None = None,
         return_type: ReturnType = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
@@ -121,6 +136,8 @@ class HookedTransformer(
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: Any = None,
+        inputs_embeds: Stream | None = None,
+        **others: Any,
     ) -> Any:
         """Logits ``[batch, pos, d_vocab]``, loss, both, or a residual stream.
 
@@ -129,19 +146,42 @@ class HookedTransformer(
         ``attention_mask`` is 1 at real tokens; for texts it is known, for tokens it is inferred
         only on the left, from the tokenizer's padding. ``past_kv_cache`` is a transformers
         ``Cache``; the pass appends to it. With ``return_type=None`` only what somebody listens to
-        is computed. Raises InputError on arguments that make no sense for this model.
+        is computed. ``inputs_embeds [batch, pos, d_model]`` stand where the rows of Hugging Face's
+        embedding table would (images merged in, say). ``others``: what else Hugging Face's own
+        model takes, by its names (``pixel_values``, ``token_type_ids``, ``position_ids``), where it
+        takes any. Raises InputError on arguments that make no sense for this model.
         """
         start, stop = self._check(return_type, start_at_layer, stop_at_layer)
         if self._ungrouped != self.cfg.ungroup_grouped_query_attention:  # set on the config
             self.set_ungroup_grouped_query_attention(not self._ungrouped)
-        tokens, mask, stream = self._read_input(
-            input, prepend_bos, padding_side, start_at_layer, tokens, attention_mask
-        )
-        given = tokens if stream is None else stream
+        self.driver.preparer.check(others)
+        loop = loop_of(self)
+        if loop is not None:
+            self._check_lent(start_at_layer, shortformer_pos_embed)
+        if inputs_embeds is not None:
+            tokens, mask = self._read_embeds(
+                inputs_embeds, input, tokens, attention_mask, start_at_layer
+            )
+            stream, given = None, inputs_embeds
+        else:
+            tokens, mask, stream = self._read_input(
+                input, prepend_bos, padding_side, start_at_layer, tokens, attention_mask
+            )
+            given = tokens if stream is None else stream
         past = self.get_pos_offset(past_kv_cache, given.shape[0])
         self.run_state.pos_offset = past
+        # Text and masks say what is real; of bare tokens the loss infers it from the tokenizer.
+        known = attention_mask is not None or not isinstance(input, Tensor)
+        if loop is not None:
+            until = stop if stop_at_layer is not None else self._until(return_type, past_kv_cache)
+            found = self._run_lent(
+                loop, tokens, inputs_embeds, mask, past, past_kv_cache, others, until
+            )
+            if until is not None:
+                return None if stop_at_layer is None else found
+            return self._answer(found, tokens, mask, known, return_type, loss_per_token)
         stream, prepared = self._enter(
-            tokens, stream, mask, past, past_kv_cache, shortformer_pos_embed
+            tokens, stream, mask, past, past_kv_cache, shortformer_pos_embed, inputs_embeds, others
         )
         if stop_at_layer is None and return_type is None and past_kv_cache is None:
             stop = self._last_needed()
@@ -149,8 +189,6 @@ class HookedTransformer(
             stream = self.blocks[layer](stream, prepared.contexts[layer])
         if stop_at_layer is not None:
             return stream
-        # Text and masks say what is real; of bare tokens the loss infers it from the tokenizer.
-        known = attention_mask is not None or not isinstance(input, Tensor)
         return self._leave(stream, tokens, mask, known, return_type, loss_per_token)
 
     def _check(
@@ -167,7 +205,7 @@ class HookedTransformer(
 
     def _last_needed(self) -> int:
         """How many blocks must run when nobody asked for logits: up to the last one hooked."""
-        tail = [self.hook_logits, *self._final_points]
+        tail = [self.hook_logits, *self._final_points, *self._head_points]
         if any(point.wanted for point in tail):
             return len(self.blocks)
         wanted = [i for i, points in enumerate(self._block_points) if any(p.wanted for p in points)]
@@ -182,11 +220,25 @@ class HookedTransformer(
         return_type: ReturnType,
         loss_per_token: bool,
     ) -> Any:
-        if return_type is None and not self.hook_logits.wanted:
+        read_out = [self.hook_logits, *self._head_points]
+        if return_type is None and not any(point.wanted for point in read_out):
             if self.ln_final is not None and any(point.wanted for point in self._final_points):
                 self.ln_final(stream)
             return None
-        logits = self.hook_logits(self._logits(stream, tokens, mask))
+        logits = self._logits(stream, tokens, mask)
+        return self._answer(logits, tokens, mask, mask_known, return_type, loss_per_token)
+
+    def _answer(
+        self,
+        logits: Logits,
+        tokens: Tokens | None,
+        mask: Tensor | None,
+        mask_known: bool,
+        return_type: ReturnType,
+        loss_per_token: bool,
+    ) -> Any:
+        """What was asked for of these logits."""
+        logits = self.hook_logits(logits)
         if return_type is None:
             return None
         if return_type == "logits":
@@ -207,7 +259,8 @@ class HookedTransformer(
                 else self.driver.positions(mask, stream.shape[1], 0, stream.device)
             )
             return self._outside[2](stream, tokens, mask, positions)
-        return self.unembed(stream if self.ln_final is None else self.ln_final(stream))
+        stream = stream if self.ln_final is None else self.ln_final(stream)
+        return self.unembed(self.mlm_head(stream) if self._head_points else stream)
 
     def loss_fn(
         self,
@@ -233,6 +286,7 @@ class HookedTransformer(
         super().setup()
         self._block_points = [self._points_under(f"blocks.{i}.") for i in range(len(self.blocks))]
         self._final_points = self._points_under("ln_final.")
+        self._head_points = self._points_under("mlm_head.")
 
     def _points_under(self, prefix: str) -> list[HookPoint]:
         return [point for name, point in self.hook_dict.items() if name.startswith(prefix)]

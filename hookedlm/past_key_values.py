@@ -31,6 +31,7 @@ class HookedTransformerKeyValueCacheEntry(DynamicLayer):
         keys, values = past_keys.transpose(1, 2), past_values.transpose(1, 2)
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
+        self.picking_keys: Tensor | None = None
 
     @classmethod
     def init_cache_entry(
@@ -77,6 +78,16 @@ class HookedTransformerKeyValueCacheEntry(DynamicLayer):
             self.keys, self.values = keys, values
             self.dtype, self.device = keys.dtype, keys.device
         return keys, values
+
+    def update_indexer(
+        self, indexer_key_states: Float[Tensor, "batch pos d_index"]
+    ) -> Float[Tensor, "batch all_pos d_index"]:
+        """What a selector of keys picks by (sparse attention): all of it, the new ones last."""
+        known = self.picking_keys
+        keys = indexer_key_states if known is None else torch.cat([known, indexer_key_states], 1)
+        if not self.frozen:
+            self.picking_keys = keys
+        return keys
 
     def __repr__(self) -> str:
         state = ", frozen" if self.frozen else ""

@@ -111,6 +111,8 @@ class SVDInterpreter:
         if head is None:
             raise InputError(f"'OV' needs head_index, 0 to {n_heads - 1}")
         _check_range("head_index", head, n_heads, "heads")
+        if attn.why_not_bilinear():
+            raise WeightError(f"no OV circuit in layer {layer}: {attn.why_not_bilinear()}")
         W_V = repeat_heads(cast(Tensor, attn.W_V), n_heads, dim=0)
         return FactoredMatrix(W_V[head], cast(Tensor, attn.W_O)[head])
 

@@ -20,6 +20,8 @@ from hookedlm.factored_matrix import FactoredMatrix
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.attention_math import repeat_heads
 from hookedlm.layers.block import AttentionBranch, PostNormBlock
+from hookedlm.layers.hybrid import NormedStreamBlock
+from hookedlm.layers.latent import LatentAttention, SparseLatentAttention
 from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm, Same
@@ -184,12 +186,16 @@ def _norms_and_readers(
             norm = block._modules.get(norm_name)
             if not isinstance(norm, Norm):
                 continue
-            readers, why_not = _readers(block._modules[part], norm)
-            if isinstance(block, PostNormBlock):
+            readers, why_not = _readers(block._modules.get(part), norm)
+            if norm_name == "ln1" and "mixer" in block._modules:
+                why_not = "a mixer that runs as Hugging Face wrote it reads it"
+            if isinstance(block, (PostNormBlock, NormedStreamBlock)):
                 why_not = "it normalises the stream itself, which everything later reads"
             yield f"blocks.{i}.{norm_name}", norm, readers, why_not
     if isinstance(model.ln_final, Norm) and model.unembed is not None:
         readers = [Reader(model.unembed, "W_U", 0, "b_U")]
+        if "mlm_head" in model._modules:
+            readers = [Reader(model.mlm_head, "W", 0, "b")]
         why_not = ""
         if model.unembed.live("W_proj") is not None:
             readers = [Reader(model.unembed, "W_proj", 0, None)]
@@ -197,9 +203,11 @@ def _norms_and_readers(
         yield "ln_final", model.ln_final, readers, why_not
 
 
-def _readers(part: nn.Module, norm: Norm) -> tuple[list[Reader], str]:
+def _readers(part: nn.Module | None, norm: Norm) -> tuple[list[Reader], str]:
+    if isinstance(part, SparseLatentAttention) and part.select is not None:
+        return [], "a selector of keys that runs as Hugging Face wrote it reads it"
     if isinstance(part, Attention):
-        return [Reader(part, f"W_{x}", 1, f"b_{x}") for x in "QKV"], ""
+        return _attention_readers(part), ""
     if isinstance(part, MLP):
         return [Reader(part, "W_in", 0, "b_in")], ""
     if isinstance(part, GatedMLP):
@@ -207,6 +215,16 @@ def _readers(part: nn.Module, norm: Norm) -> tuple[list[Reader], str]:
     if isinstance(part, MoE):
         return _expert_readers(part, norm)
     return [], "what reads it runs as Hugging Face wrote it"
+
+
+def _attention_readers(attn: Attention) -> list[Reader]:
+    own = [x for x in "QKV" if attn._parameters[f"W_{x}"] is not None]
+    readers = [Reader(attn, f"W_{x}", 1, f"b_{x}") for x in own]
+    if isinstance(attn, LatentAttention):
+        queries = readers[0] if attn.live("W_DQ") is None else Reader(attn, "W_DQ", 0, "b_DQ")
+        readers = [queries, Reader(attn, "W_DKV", 0, "b_DKV")]
+    gate = attn._modules.get("gate")
+    return readers if gate is None else [*readers, Reader(gate, "W_gate", 1, "b_gate")]
 
 
 def _expert_readers(moe: MoE, norm: Norm) -> tuple[list[Reader], str]:
@@ -218,17 +236,16 @@ def _expert_readers(moe: MoE, norm: Norm) -> tuple[list[Reader], str]:
         if part is not None
         for module in part.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 2 and "bias" not in name
+        if parameter.ndim == 2 and parameter.shape[name != "W_router"] == moe.spec.d_model
     ]
     if not readers:
         return [], "its router has no matrix"
     n = len(readers)
-    d_model = readers[0].module.get_parameter(readers[0].name).shape[readers[0].axis]
     for module in moe.experts.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim != 3 or "down" in name or name == "W_out":
                 continue
-            axes = [axis for axis in (1, 2) if parameter.shape[axis] == d_model]
+            axes = [axis for axis in (1, 2) if parameter.shape[axis] == moe.spec.d_model]
             if len(axes) != 1:
                 return [], f"experts.{name} does not tell which axis is d_model"
             readers.append(Reader(module, name, axes[0], None))
@@ -323,6 +340,8 @@ def _uniform_attention(
 def _value_bias_matters(attn: Attention) -> str:
     if attn.spec.sinks:
         return "a sink takes part of each row, so value biases are not added in full"
+    if attn.finishes or "v_norm" in attn._modules:
+        return "a gate or a norm stands between values and what heads write"
     return "values are clipped after the bias" if attn.spec.clip is not None else ""
 
 
@@ -333,7 +352,7 @@ def fold_value_biases(model: HookedTransformer) -> Record:
             b_V = attn.live("b_V")
             if b_V is None:
                 continue
-            per_head = repeat_heads(wide(b_V), attn.spec.n_heads, dim=0)
+            per_head = attn.spec.value_scale * repeat_heads(wide(b_V), attn.spec.n_heads, dim=0)
             add_bias(attn, "b_O", torch.einsum("he,hed->d", per_head, wide(attn.W_O)), "W_O")
             put(attn, "b_V", torch.zeros_like(b_V))
     return record
@@ -354,10 +373,11 @@ def refactor_factored_attn_matrices(model: HookedTransformer) -> Record:
             (spec.n_kv_heads != spec.n_heads, "queries are grouped"),
             (spec.clip is not None, "queries, keys and values are clipped"),
             (spec.sinks, "a sink competes with the scores' scale"),
+            (attn.finishes, "a gate or a norm stands before W_O"),
         ):
             if present:
                 return reason
-        return ""
+        return attn.why_not_bilinear()
 
     with recorded(model, "refactor_factored_attn_matrices") as record:
         for attn in _uniform_attention(model, record, why_not):

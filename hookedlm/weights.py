@@ -16,11 +16,15 @@ from hookedlm.layers.attention import Attention
 from hookedlm.layers.attention_math import repeat_heads
 from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.moe import MoE
-from hookedlm.layers.norm import Norm, Same
+from hookedlm.layers.norm import Norm, Same, Times
 from hookedlm.spec import BlockSpec
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
+
+
+READERS = ("W_Q", "W_K", "W_V")
+"""What is taken to read the stream of ``d_model`` dimensions."""
 
 
 class WeightMethods:
@@ -43,6 +47,10 @@ class WeightMethods:
         for place, block in named_blocks(self).items():
             stack, layer = place.split(".")
             module: Any = block._modules.get(part)
+            if name in READERS and isinstance(module, Attention) and module.why_not_bilinear():
+                raise WeightError(
+                    f"no {name} for all layers: in layer {layer}, {module.why_not_bilinear()}"
+                )
             weight = None if module is None else _weight_of(module, name)
             if weight is None:
                 raise WeightError(
@@ -202,8 +210,8 @@ class WeightMethods:
 
     def _renormed_bias(self: HookedTransformer, step: Renorm, total: Tensor) -> Tensor:
         norm = self.mod_dict[step.name]
-        if isinstance(norm, Same):
-            return total
+        if isinstance(norm, (Same, Times)):
+            return norm(total)
         if not isinstance(norm, Norm) or total.any():
             raise InputError(f"{step.name} norms the stream, biases included. {NO_CONSTANT}")
         b = norm.live("b")
@@ -228,7 +236,7 @@ class WeightMethods:
                 raise InputError(f"the bias before {write.inner_norm} passes it. {NO_CONSTANT}")
             b = norm.live("b")
         spec: BlockSpec = vars(block)["spec"]
-        return 0.0 if b is None else b * spec.residual_scale
+        return 0.0 if b is None else b * spec.scale_of(write.kind)
 
     @torch.no_grad()
     def all_composition_scores(

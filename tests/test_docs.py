@@ -8,7 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from tiny import quiet_transformers, tinies
+from tiny import quiet_transformers, registered, tinies
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hookedlm
@@ -84,6 +84,7 @@ def models():
     for tiny in tinies(*FAMILIES):
         if tiny.variant in ("base", tinies(tiny.model_type)[0].variant):
             yield hookedlm.load(tiny.build())
+    yield hookedlm.load(registered(["deepseek_v3"])[-1].build())
     with quiet_transformers():
         sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
         mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
+
+from sizes import sizes_of
 
 VOCAB = 96
 LAYERS = 3
@@ -737,92 +739,6 @@ def one_per_family() -> list[Tiny]:
     for tiny in TINIES:
         first.setdefault(tiny.model_type, tiny)
     return list(first.values())
-
-
-SMALL = {
-    "n_embd": 32,
-    "n_layer": LAYERS,
-    "n_head": 4,
-    "n_positions": 64,
-    "hidden_size": 32,
-    "d_model": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "n_layers": LAYERS,
-    "num_attention_heads": 4,
-    "n_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "max_seq_len": 64,
-    "state_size": 8,
-    "sliding_window": 4,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_k": 2,
-    "moe_topk": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "v_head_dim": 16,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-}
-"""Sizes by the names that configuration classes give them."""
-
-SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
-ROPE_DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
-LATENT = (
-    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "axk1", "axk2",
-    "youtu", "minicpm3", "longcat_flash", "bailing_hybrid", "kimi_linear",
-)  # fmt: skip
-NEEDED = {
-    **{kind: {"num_key_value_heads": 4, "num_experts_per_tok": 2} for kind in LATENT},
-    "cohere_compass_text": {
-        "layer_types": SLIDING,
-        "rope_parameters": {"sliding_attention": ROPE_DEFAULT, "full_attention": None},
-    },
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-        "ffn_config": {
-            "ffn_hidden_size": 48,
-            "moe_num_experts": 4,
-            "moe_top_k": 2,
-            "hidden_size": 32,
-        },
-    },
-    "hunyuan_v1_dense": {"head_dim": 8, "num_key_value_heads": 2},
-    "hunyuan_v1_moe": {"head_dim": 8, "num_key_value_heads": 2},
-    "ministral": {"head_dim": 8, "num_key_value_heads": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
-    "qwen2_moe": {"decoder_sparse_step": 1},
-}
-"""What some types need besides, because their defaults are None."""
-
-
-def sizes_of(kind: str) -> dict:
-    """Every size in `SMALL` that this type's configuration has and gives a value."""
-    with quiet_transformers():
-        return small(AutoConfig.for_model(kind)) | NEEDED.get(kind, {})
-
-
-def small(config: PretrainedConfig) -> dict:
-    """The sizes of a configuration and of those it holds."""
-    own = config.to_dict()
-    sizes = {key: value for key, value in SMALL.items() if own.get(key) is not None}
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PretrainedConfig):
-            ids = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-            sizes[name] = small(part) | ids | {"model_type": part.model_type}
-    return sizes
 
 
 def registered(model_types: Iterable[str]) -> list[Tiny]:

@@ -13,7 +13,8 @@ from hookedlm.cache.ledger import Renorm, norms_the_stream
 from hookedlm.cache.parts import Stack
 from hookedlm.cache.reading import Reading
 from hookedlm.errors import InputError
-from hookedlm.layers.norm import Norm
+from hookedlm.layers.hybrid import MLPBlock
+from hookedlm.layers.norm import Norm, Times
 from hookedlm.layers.opaque import OpaqueNorm
 from hookedlm.slices import Slice, SliceInput
 
@@ -75,7 +76,10 @@ class AttributionMethods(CacheDictionary):
         end = self.model.cfg.n_layers
         if layer < end and norms_the_stream(self.model.blocks[layer]):
             return None
-        name = "ln_final" if layer == end else f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}"
+        name = "ln_final"
+        if layer < end:
+            only_mlp = isinstance(self.model.blocks[layer], MLPBlock)
+            name = f"blocks.{layer}.{'ln2' if mlp_input or only_mlp else 'ln1'}"
         norm = self.model.mod_dict.get(name)
         if isinstance(norm, OpaqueNorm):
             raise InputError(f"{name} runs as Hugging Face wrote it: it is not known to be linear")
@@ -96,6 +100,8 @@ class AttributionMethods(CacheDictionary):
     def _renormed(self, step: Renorm, x: Tensor, pos: Slice, biased: bool = False) -> Tensor:
         """Parts that were in the stream when the stream itself passed a norm."""
         norm = self.model.mod_dict[step.name]
+        if isinstance(norm, Times):
+            return norm(x)
         if not isinstance(norm, Norm):
             return x
         x = norm.linearised(x, self._scale(step.name, pos).to(x.device))
@@ -138,8 +144,8 @@ class AttributionMethods(CacheDictionary):
         """The directions of the normed stream that raise a token's logit (over another's)."""
         if "mlm_head" in self.model.mod_dict:
             raise InputError(
-                "an encoder's logits are no linear function of its stream: a head with an "
-                "activation function stands between them"
+                "these logits are no linear function of the stream: a head with an activation "
+                "function stands between them"
             )
         directions = self._columns(tokens)
         if incorrect_tokens is None:

@@ -20,7 +20,7 @@ from hookedlm.errors import InputError
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.block import AttentionBranch
 from hookedlm.layers.mlp import MLP, GatedMLP
-from hookedlm.layers.norm import Norm, Same
+from hookedlm.layers.norm import Norm, Same, Times
 from hookedlm.slices import Slice
 
 Expand = Callable[[Write], Passed | None]
@@ -76,7 +76,7 @@ class CollectingMethods(ResidualMethods):
         norm = self._module(write.layer, write.inner_norm.rsplit(".", 1)[-1])
         block = self.model.blocks[write.layer]
         assert isinstance(block, AttentionBranch)
-        factor = block.spec.residual_scale
+        factor = block.spec.scale_of(write.kind)
         if isinstance(norm, Norm):
             return Passed(part, bias, norm, self._scale(write.inner_norm, pos), factor)
         return Passed(part, bias, None, None, factor) if isinstance(norm, Same) else None
@@ -107,7 +107,9 @@ class CollectingMethods(ResidualMethods):
                     yield part.read(reading), part
                 continue
             norm = self.model.mod_dict[step.name]
-            if isinstance(norm, Norm):
+            if isinstance(norm, Times):
+                reading = reading.times(norm.factor)
+            elif isinstance(norm, Norm):
                 reading = reading.before(norm, self._scale(step.name, pos))
 
     def _unexpanded(

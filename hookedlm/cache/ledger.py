@@ -16,6 +16,8 @@ from torch import nn
 from hookedlm.errors import InputError
 from hookedlm.layers.bert import BertBlock
 from hookedlm.layers.block import AttentionBranch, PostNormBlock
+from hookedlm.layers.hybrid import NormedStreamBlock
+from hookedlm.layers.norm import Times
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -26,7 +28,7 @@ class Write:
     """A part of block ``layer`` adds its output to the stream; "block": the block as a whole."""
 
     layer: int
-    kind: Literal["attn", "mlp", "block"]
+    kind: Literal["attn", "mixer", "mlp", "ple", "block"]
 
     @property
     def label(self) -> str:
@@ -41,12 +43,13 @@ class Write:
     @property
     def inner_norm(self) -> str:
         """The norm this part passes before it is added."""
-        return f"blocks.{self.layer}.{'ln1' if self.kind == 'attn' else 'ln2'}_post"
+        norm = {"attn": "ln1_post", "mixer": "ln1_post", "ple": "ple_norm"}.get(self.kind, "ln2_post")
+        return f"blocks.{self.layer}.{norm}"
 
 
 @dataclass(frozen=True)
 class Renorm:
-    """The stream itself passes the norm of this name (post-norm blocks)."""
+    """The stream itself passes the norm of this name (post-norm blocks), or a multiplication."""
 
     name: str
 
@@ -55,18 +58,32 @@ def ledger(model: HookedTransformer, end: int, mlp_input: bool) -> Iterator[Writ
     """The steps below layer ``end``, its attention included where ``mlp_input`` reads behind it."""
     if is_encoder(model):
         yield Renorm("embed.ln")
+    if "embed_ln" in model._modules:
+        yield Renorm("embed_ln")
     for i in range(end + 1 if mlp_input and has_mid(model, end) else end):
         block = model.blocks[i]
         if not isinstance(block, AttentionBranch):
             yield Write(i, "block")
             continue
-        parts = (Write(i, "attn"), "ln1"), (Write(i, "mlp"), "ln2")
-        for write, norm in parts if i < end else parts[:1]:
+        parts = (
+            (Write(i, "mixer"), "ln1"),
+            (Write(i, "attn"), "ln1"),
+            (Write(i, "mlp"), "ln2"),
+            (Write(i, "ple"), ""),
+        )
+        for write, norm in parts if i < end else parts[:2]:
             if write.point not in model.hook_dict:
                 continue
+            if isinstance(block, NormedStreamBlock):
+                yield Renorm(f"blocks.{i}.{norm}")
+            keep = f"blocks.{i}.{write.kind}_keep"
+            if isinstance(block._modules.get(f"{write.kind}_keep"), Times):
+                yield Renorm(keep)
             yield write
             if norms_the_stream(block):
                 yield Renorm(f"blocks.{i}.{norm}")
+        if i < end and isinstance(block._modules.get("post_scale"), Times):
+            yield Renorm(f"blocks.{i}.post_scale")
 
 
 def norms_the_stream(block: nn.Module) -> bool:

@@ -38,8 +38,10 @@ class Reading:
         directions = norm.centred(self.directions * norm.weight.to(self.directions.device))
         return Reading(directions, self.factor / scale.float())
 
-    def times(self, factor: float) -> Reading:
+    def times(self, factor: float | Float[Tensor, "d_model"]) -> Reading:
         """What to read before a multiplication."""
+        if isinstance(factor, Tensor):
+            return Reading(self.directions * factor.to(self.directions.device), self.factor)
         return self if factor == 1.0 else Reading(self.directions, self.factor * factor)
 
     def through(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hookedlm.axes import KEY, QUERY
+from hookedlm.axes import KEY, LATENT, NEURONS, QUERY, SCALE
 from hookedlm.convert import hf
 from hookedlm.convert.read import (
     AttentionReading,
@@ -16,6 +16,7 @@ from hookedlm.convert.read import (
     NormReading,
     OpaqueReading,
 )
+from hookedlm.convert.read_latent import LatentReading
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.block import (
     AttentionOnlyBlock,
@@ -25,10 +26,21 @@ from hookedlm.layers.block import (
     PostNormBlock,
     SequentialBlock,
 )
+from hookedlm.layers.hybrid import HybridBlock, MLPBlock, NormedStreamBlock
+from hookedlm.layers.latent import LatentAttention, SparseLatentAttention
 from hookedlm.layers.mlp import MLP, GatedMLP
+from hookedlm.layers.gate import OutputGate
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm
-from hookedlm.layers.opaque import OpaqueAttention, OpaqueBlock, OpaqueMixer, OpaqueMLP
+from hookedlm.layers.per_layer import PerLayerInput, PerLayerInputBlock
+from hookedlm.layers.reusing import ReusingAttention
+from hookedlm.layers.opaque import (
+    OpaqueAttention,
+    OpaqueBlock,
+    OpaqueMixer,
+    OpaqueMLP,
+    OpaqueNorm,
+)
 from hookedlm.spec import BlockSpec, OpaqueSpec
 
 UniformBlock = SequentialBlock | AttentionOnlyBlock | ParallelBlock | PostNormBlock | MixerBlock
@@ -38,27 +50,44 @@ LAYOUTS: dict[str, Any] = {
     "sequential": SequentialBlock,
     "parallel": ParallelBlock,
     "post_norm": PostNormBlock,
+    "normed_stream": NormedStreamBlock,
     "mixer": MixerBlock,
 }
 
 
 def build_block(spec: BlockSpec, parts: Parts) -> UniformBlock:
     """The block a spec describes, around finished parts."""
-    if parts.mlp is None and parts.mixer is None:
-        return AttentionOnlyBlock(spec, parts)
+    if parts.mlp is None:
+        return (AttentionOnlyBlock if parts.mixer is None else MixerBlock)(spec, parts)
+    if parts.attn is None and parts.mixer is None:
+        return MLPBlock(spec, parts)
+    if spec.layout == "sequential" and parts.mixer is not None:
+        return HybridBlock(spec, parts)
     return LAYOUTS[spec.layout](spec, parts)
 
 
 def build_read_block(reading: BlockReading) -> UniformBlock:
     """The block a reading describes, on Hugging Face's tensors."""
-    norms = {name: Norm(norm.spec, norm.w, norm.b) for name, norm in reading.norms.items()}
+    norms = {name: _norm(norm) for name, norm in reading.norms.items()}
     parts = Parts(
         attn=None if reading.attn is None else build_attention(reading.attn),
         mlp=None if reading.mlp is None else build_mlp(reading.mlp),
-        mixer=None if reading.mixer is None else OpaqueMixer(*_opaque(reading.mixer)),
+        mixer=None if reading.mixer is None else _mixer(reading.mixer),
+        keep=(reading.keep[0], reading.keep[1]),
         **norms,
     )
+    if reading.ple is not None:
+        norm = reading.ple.norm
+        ple_norm = None if norm is None else Norm(norm.spec, norm.w, norm.b)
+        ple = PerLayerInput(reading.ple.W_gate, reading.ple.W_out, reading.ple.act)
+        return PerLayerInputBlock(reading.spec, parts, ple, ple_norm)
     return build_block(reading.spec, parts)
+
+
+def _norm(reading: NormReading | OpaqueReading) -> Norm | OpaqueNorm:
+    if isinstance(reading, OpaqueReading):
+        return OpaqueNorm(*_opaque(reading))
+    return Norm(reading.spec, reading.w, reading.b)
 
 
 def build_attention(
@@ -68,13 +97,32 @@ def build_attention(
     if isinstance(reading, OpaqueReading):
         return OpaqueAttention(*_opaque(reading))
     style = reading.rotary_style
-    return Attention(
+    rotate = None if style is None else hf.Rotation(reading.module, style)
+    gate = None if reading.gate is None else OutputGate(*reading.gate)
+    if isinstance(reading, LatentReading):
+        kv_norm, q_norm = _latent_norm(reading.kv_latent_norm), _latent_norm(reading.q_latent_norm)
+        assert kv_norm is not None
+        parts = (reading.spec, reading.tensors, rotate, kv_norm, q_norm, gate)
+        if reading.spec.sparse:
+            return SparseLatentAttention(*parts, reading.select)
+        return LatentAttention(*parts)
+    kind = Attention if reading.spec.reuses_keys is None else ReusingAttention
+    return kind(
         reading.spec,
         reading.tensors,
-        None if style is None else hf.Rotation(reading.module, style),
+        rotate,
         _qk_norm(reading.q_norm, reading.spec.qk_norm, QUERY),
         _qk_norm(reading.k_norm, reading.spec.qk_norm, KEY),
+        _qk_norm(reading.v_norm, "head", KEY),
+        _qk_norm(reading.z_norm, "full", QUERY),
+        gate,
     )
+
+
+def _latent_norm(reading: NormReading | None) -> Norm | None:
+    if reading is None:
+        return None
+    return Norm(reading.spec, reading.w, reading.b, axes=LATENT, on_demand=True)
 
 
 def _qk_norm(
@@ -105,7 +153,14 @@ def build_mlp(
 
 def _dense(reading: MLPReading) -> MLP | GatedMLP:
     kind = GatedMLP if reading.spec.gated else MLP
-    return kind(reading.spec, reading.tensors, reading.act)
+    ln = None
+    if reading.norm is not None:
+        ln = Norm(reading.norm.spec, reading.norm.w, reading.norm.b, SCALE, NEURONS)
+    return kind(reading.spec, reading.tensors, reading.act, ln)
+
+
+def _mixer(reading: OpaqueReading) -> OpaqueMixer:
+    return OpaqueMixer(*_opaque(reading), reading.arguments)
 
 
 def _opaque(reading: OpaqueReading) -> tuple[OpaqueSpec, nn.Module]:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from hookedlm.convert import hf
+from hookedlm.convert.calling import first_argument, logits_of, tokens_name
 from hookedlm.convert.prepare import BlockCall, Call
 from hookedlm.convert.report import Agreement, worse
 from hookedlm.hooks import HookPoint, HookRequest, attached
@@ -43,6 +45,23 @@ class Truth:
     returned: int = 0
     """Length of the tuple a block returns; 0 when it returns the stream itself."""
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    skipped: list[int] = field(default_factory=list)
+    """Blocks that a text alone does not pass through: a cross-attention to images, say."""
+    order: list[int] = field(default_factory=list)
+    """Which block each call was of."""
+    hands_on: set[int] = field(default_factory=set)
+    """Blocks that return tensors besides the stream."""
+
+    def fill_in(self, ran: Sequence[int], n_layers: int) -> None:
+        """A call for every skipped block, which hands on what it was given."""
+        if list(ran) != sorted(set(ran)):
+            return
+        self.skipped = [layer for layer in range(n_layers) if layer not in ran]
+        for layer in self.skipped:
+            hidden = self.outputs[layer - 1] if layer else self.calls[0].hidden
+            self.calls.insert(layer, Call(hidden, (), {}))
+            self.outputs.insert(layer, hidden)
+        self.order = list(range(n_layers))
 
 
 def positions_of(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
@@ -52,33 +71,53 @@ def positions_of(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
 
 @torch.no_grad()
 def run_truth(
-    model: nn.Module, blocks: Sequence[nn.Module], d_vocab: int, padded: bool = True
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    d_vocab: int,
+    padded: bool = True,
+    first_position: int = 0,
+    codebooks: int = 1,
 ) -> Truth:
     """One forward pass of Hugging Face's model, every block's call and output written down.
 
-    Without padding no mask is given, so that kernels which mask by themselves are seen at work.
+    With ``codebooks``, so many rows of tokens make one text. Without padding no mask is given, so that kernels which mask by themselves are seen at work.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     n = max(LENGTHS)
-    tokens = torch.randint(d_vocab, (len(LENGTHS), n), generator=generator)
+    tokens = torch.randint(d_vocab, (len(LENGTHS) * codebooks, n), generator=generator)
+    pad = hf.find(model, "config.pad_token_id")
+    if isinstance(pad, int) and not 0 <= pad < d_vocab:
+        pad = None  # of a vocabulary that this model does not have
+    if isinstance(pad, int):  # some families count positions by tokens
+        tokens[tokens == pad] = (pad + 1) % d_vocab
     lengths = LENGTHS if padded else (n,) * len(LENGTHS)
     mask = torch.stack([torch.arange(n) >= n - length for length in lengths]).long()
+    if isinstance(pad, int):
+        tokens[mask.repeat_interleave(codebooks, dim=0) == 0] = pad
     truth = Truth(tokens.to(device), mask.bool().to(device), positions_of(mask).to(device))
 
+    layer_of, ran = {id(block): layer for layer, block in enumerate(blocks)}, list[int]()
+    truth.order = ran
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, *rest = args if args else (kwargs["hidden_states"],)
-        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        ran.append(layer_of[id(module)])
+        name = first_argument(module)
+        hidden, *rest = args if args else (kwargs[name],)
+        kwargs = {n: value for n, value in kwargs.items() if n != name}
         truth.calls.append(Call(hidden, tuple(rest), kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         truth.returned = len(output) if isinstance(output, (tuple, list)) else 0
         truth.outputs.append(first(output))
+        if truth.returned and any(isinstance(x, Tensor) for x in output[1:]):
+            truth.hands_on.add(layer_of[id(module)])
 
     accepts = inspect.signature(model.forward).parameters
-    kwargs: dict[str, Any] = {"input_ids": truth.tokens}
+    kwargs: dict[str, Any] = {tokens_name(model): truth.tokens}
     if padded:
-        kwargs |= {"attention_mask": mask.to(device), "position_ids": truth.position_ids}
+        ids = truth.position_ids + first_position
+        kwargs |= {"attention_mask": mask.to(device), "position_ids": ids}
     kwargs = {name: value for name, value in kwargs.items() if name in accepts}
     if "use_cache" in accepts:
         kwargs["use_cache"] = False
@@ -90,15 +129,21 @@ def run_truth(
             )
             for handle in handles:
                 stack.callback(handle.remove)
-        truth.logits = model(**kwargs).logits
+        truth.logits = logits_of(model(**kwargs))
+    truth.fill_in(ran, len(blocks))
     return truth
 
 
 def compare(ours: Tensor, theirs: Tensor, real: Bool[Tensor, "batch pos"]) -> Agreement:
-    """Relative error over the real positions; not a number counts as infinitely wrong."""
+    """Relative error over the real positions (over all of a stream that has other axes than
+    tokens have); not a number counts as infinitely wrong."""
+    if ours.ndim == 3 and theirs.ndim == 3 and 0 < theirs.shape[1] < ours.shape[1]:
+        last = theirs.shape[1]  # some classes read out the last position only
+        ours, real = ours[:, -last:], real[:, -last:]
     if ours.shape != theirs.shape:
         return Agreement(float("inf"), False, float("inf"))
-    a, b = ours[real].double(), theirs[real].double()
+    fits = real.shape == ours.shape[:-1]
+    a, b = (x[real].double() if fits else x.double() for x in (ours, theirs))
     errors = (a - b).abs().amax(-1) / b.abs().max().clamp(min=1e-30)
     error, typical = float(errors.max()), float(errors.median())
     if error != error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from hookedlm.convert.hf import ConfigReads
@@ -27,6 +28,14 @@ INERT = {
     "num_key_value_heads",
     "num_kv_heads",
     "head_dim",
+    "qk_head_dim",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "n_routed_experts",
+    "n_shared_experts",
     "n_positions",
     "n_ctx",
     "max_position_embeddings",
@@ -111,6 +120,18 @@ FROM_MODULES = {
     "num_experts_per_tok",
     "moe_intermediate_size",
     "norm_topk_prob",
+    "n_group",
+    "topk_group",
+    "topk_method",
+    "routed_scaling_factor",
+    "first_k_dense_replace",
+    "mlp_layer_types",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "indexer_types",
+    "scale_depth",
+    "scale_emb",
     "mlp_only_layers",
     "decoder_sparse_step",
     "residual_multiplier",
@@ -131,6 +152,8 @@ FROM_MODULES = {
 
 def unread(config: ConfigReads) -> tuple[str, ...]:
     """Keys away from their class's default that no row read and that are not inert."""
+    if not isinstance(config.config, PretrainedConfig):
+        return ()
     default = _defaults(config.config)
     known = config.read | INERT | FROM_MODULES
     changed = {key for key, value in config.config.to_dict().items() if default.get(key) != value}

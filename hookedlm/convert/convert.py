@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from hookedlm.convert import hf
+from hookedlm.convert.assembled import assemble
 from hookedlm.convert.build import Block, build_read_block
 from hookedlm.convert.check import Truth, check_block, compare, not_prepared, run_truth, within
 from hookedlm.convert.config_keys import unread
-from hookedlm.convert.guess import row_of
+from hookedlm.convert.guess import rows_of
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
+from hookedlm.convert.interface import show_heads
 from hookedlm.convert.prepare import BlockCall, Call, CallRecorder, HFPreparer
 from hookedlm.convert.read import (
     AttentionReading,
@@ -24,14 +28,22 @@ from hookedlm.convert.read import (
     read_block,
     read_norm,
 )
-from hookedlm.convert.report import Agreement, Fidelity, PartReport
+from hookedlm.convert.read_latent import LatentReading
+from hookedlm.convert.report import Agreement, Fidelity, PartReport, worse
 from hookedlm.convert.tail import OpaqueTail
+from hookedlm.convert.temperature import Temperature
+from hookedlm.convert.text_model import readable, text_config
 from hookedlm.errors import ConversionError, HookedLMError
 from hookedlm.families import Row
-from hookedlm.layers.embed import Embed, PosEmbed, Unembed
+from hookedlm.layers.bert import BertMLMHead
+from hookedlm.layers.embed import Embed, Entrance, PosEmbed, TokenTypeEmbed, Unembed
 from hookedlm.layers.norm import Norm
 from hookedlm.layers.opaque import OpaqueBlock, OpaqueNorm
 from hookedlm.spec import OpaqueSpec
+
+
+class NotDrivenError(ConversionError):
+    """Why a loop of ours can't stand in for Hugging Face's."""
 
 
 @dataclass
@@ -47,62 +59,88 @@ class Conversion:
     ln_final: nn.Module | None
     unembed: Unembed | None
     tail: OpaqueTail | None
-    preparer: HFPreparer
+    preparer: Any
+    """An `HFPreparer`, or the `LentLoop` to which the blocks are lent."""
     fidelity: Fidelity
+    type_embed: TokenTypeEmbed | None = None
+    embed_ln: Norm | None = None
+    mlm_head: BertMLMHead | None = None
+    width: int | None = None
+    """Width of the stream, where neither an embedding nor a norm of ours tells it."""
 
 
-def convert(model: nn.Module, strict: bool = False) -> Conversion:
-    """Uniform layers on ``model``'s own tensors, each compared with the original.
+def convert(model: nn.Module, strict: bool = False, row: Row | None = None) -> Conversion:
+    """Uniform layers on ``model``'s own tensors, each compared with the original. ``row`` says where
+    they are, if the type's own or a guess is not to.
 
-    Raises ConversionError when the model can't be run block by block, or when ``strict`` and a part
-    had to be wrapped. ``model`` itself is neither changed nor kept.
+    A model that can't be driven block by block keeps Hugging Face's loop, and its blocks are lent
+    to that. Raises ConversionError when that fails too, or when ``strict`` and a part had to be
+    wrapped. ``model`` itself is neither changed nor kept.
     """
     try:
-        return _converted(model, strict)
+        return _converted(model, strict, row)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, HookedLMError):
+        if isinstance(error, HookedLMError) and not isinstance(error, NotDrivenError):
             raise
-        raise ConversionError(
-            f"{type(model).__name__} could not be run block by block: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        known = isinstance(error, NotDrivenError)
+        why = str(error) if known else f"{type(error).__name__}: {error}"
+        refusal = f"{type(model).__name__} could not be run block by block: {why}"
+        if strict:
+            raise ConversionError(f"strict=True, but {refusal}") from error
+        from hookedlm.convert.lend import lend  # here, as that module imports this one
+
+        try:
+            return lend(model, why, row)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as second:
+            told = f"{refusal}\nNor in its own loop: {second}"
+            raise ConversionError(told) from error
 
 
-def _converted(model: nn.Module, strict: bool) -> Conversion:
-    own = hf.skeleton(model).eval()
-    config = ConfigReads(own.config)
-    row, family = row_of(own)
+def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
+    own = hf.skeleton(readable(model)).eval()
+    config = ConfigReads(text_config(own))
+    rows, family = rows_of(own, given)
+    row = rows[0]
+    d_vocab = hf.rows_of_tokens(own, row.embed)
+    numbered: dict[str, int] = {
+        "first_position": hf.first_position(hf.find(own, row.pos_embed)),
+        "codebooks": int(hf.resolved(row.codebooks, own, config) or 1),
+    }
+    whole = run_truth(own, [], d_vocab, **numbered) if row.assembled else None
+    assemble(own, row)
     layers = list(hf.at(own, row.blocks))
-    d_vocab = own.get_input_embeddings().weight.shape[0]
-    truth = run_truth(own, layers, d_vocab)
+    truth = run_truth(own, layers, d_vocab, **numbered)
+    if whole is not None and compare(truth.logits, whole.logits, truth.real).error > 1e-5:
+        raise ConversionError(f"{type(model).__name__}'s layers could not be made into blocks")
     if len(truth.calls) != len(layers):
-        raise ConversionError(
-            f"{type(model).__name__} runs its {len(layers)} blocks {len(truth.calls)} times in one "
-            "pass; a model that loops over its blocks has no uniform form yet."
+        raise NotDrivenError(
+            f"it loops over its blocks: {len(layers)} run {len(truth.calls)} times in one pass"
         )
     if truth.calls[0].hidden.ndim != 3:
-        raise ConversionError(
-            f"{type(model).__name__} keeps several streams {tuple(truth.calls[0].hidden.shape)}; "
-            "only one residual stream [batch, pos, d_model] has a uniform form yet."
-        )
-    fidelity = Fidelity(
-        own.config.model_type, type(model).__name__, str(truth.logits.dtype)[6:], family
-    )
-    embed, pos_embed = _embedding(own, row, config, truth, fidelity)
-    truths = [truth, run_truth(own, layers, d_vocab, padded=False)]
+        shape = tuple(truth.calls[0].hidden.shape)
+        raise NotDrivenError(f"it keeps several streams side by side: {shape}")
+    model_type = str(hf.find(own, "config.model_type") or "no config")
+    fidelity = Fidelity(model_type, type(model).__name__, str(truth.logits.dtype)[6:], family)
+    truths = [truth, run_truth(own, layers, d_vocab, False, **numbered)]
+    row = _tried(rows, layers, config, truths)
+    entrance = _embedding(own, row, config, truths, fidelity)
     blocks, calls = _blocks(layers, row, config, truths, fidelity)
     ln_final, unembed = reading_out(own, row, config)
     conversion = Conversion(
         own,
         row,
-        embed,
-        pos_embed,
+        entrance.embed,
+        entrance.pos_embed,
         blocks,
         ln_final,
         unembed,
         None,
         _preparer(own, row, layers, calls, truth, keep_norm=unembed is None),
         fidelity,
+        entrance.type_embed,
+        entrance.embed_ln,
+        _head(own, row, config),
+        int(truth.calls[0].hidden.shape[-1]),
     )
     _check_logits(conversion, truth, config)
     _check_preparing(conversion, truth)
@@ -116,33 +154,66 @@ def _converted(model: nn.Module, strict: bool) -> Conversion:
 # The parts ----------------------------------------------------------------------------------------
 
 
+def _tried(
+    rows: list[Row], layers: list[nn.Module], config: ConfigReads, truths: list[Truth]
+) -> Row:
+    """The row that leaves least of the first block opaque; the first of those."""
+    if len(rows) == 1:
+        return rows[0]
+    forms = [checked_block(layers[0], row, config, truths, 0)[2].form for row in rows]
+    ranks = [2 * ("opaque block" in form) + form.count(" and ") + ("opaque" in form) for form in forms]
+    return rows[ranks.index(min(ranks))]
+
+
 def _embedding(
-    own: nn.Module, row: Row, config: ConfigReads, truth: Truth, fidelity: Fidelity
-) -> tuple[Embed | None, PosEmbed | None]:
+    own: nn.Module, row: Row, config: ConfigReads, truths: list[Truth], fidelity: Fidelity
+) -> Entrance:
+    if not row.embed:
+        reason = "no table was asked for the tokens"
+        opaque = PartReport("embed", "opaque embedding", Agreement(0.0, True), None, reason)
+        fidelity.parts.append(opaque)
+        return Entrance(None)
     table = hf.at(own, row.embed)
-    proj, ln = hf.find(own, row.embed_proj), hf.find(own, row.embed_norm)
-    position = hf.find(own, row.pos_embed)
-    norm = None
-    if ln is not None:
-        reading = read_norm(ln, row, config, Coverage(ln))
-        norm = Norm(reading.spec, reading.w, reading.b)
+    proj = hf.find(own, row.embed_proj)
+    position, types = hf.find(own, row.pos_embed), hf.find(own, row.type_embed)
+    norm, sum_norm = (_norm_at(own, p, row, config) for p in (row.embed_norm, row.embed_sum_norm))
     scale = hf.resolved(row.embed_scale, own, config)
+    if scale == "sqrt(width)":
+        scale = table.weight.shape[1] ** 0.5
     W_proj = None if proj is None else hf.flat_weight(proj).t()
-    embed = Embed(table.weight, scale, W_proj, norm)
-    pos_embed = None if position is None else PosEmbed(position.weight[row.pos_offset :])
-    with torch.no_grad():
-        stream = embed(truth.tokens)
-        if pos_embed is not None:
-            stream = stream + pos_embed.at(truth.position_ids)
-    agreement = compare(stream, truth.calls[0].hidden, truth.real)
-    if within(agreement, stream.dtype):
+    told = "position_ids" in inspect.signature(own.forward).parameters
+    entrance = Entrance(
+        Embed(table.weight, scale, W_proj, norm),
+        None if position is None else PosEmbed(hf.rows_of(position, row.pos_offset), told),
+        None if types is None else TokenTypeEmbed(types.weight),
+        sum_norm,
+    )
+    agreement = Agreement(0.0, True)
+    if entrance.embed is not None and scale is not None:
+        tokens = truths[0].tokens
+        with torch.no_grad():
+            rows = F.embedding(tokens, table.weight)
+            entrance.embed.table_scales = not torch.equal(table(tokens), rows)
+    for truth in truths:
+        with torch.no_grad():
+            stream = entrance(truth.tokens, truth.position_ids)
+        agreement = worse(agreement, compare(stream, truth.calls[0].hidden, truth.real))
+    if within(agreement, truths[0].calls[0].hidden.dtype):
         fidelity.parts.append(PartReport("embed", "uniform", agreement))
-        return embed, pos_embed
+        return entrance
     reason = f"what enters block 0 is not the embedding ({agreement.error:.1e} away)"
     fidelity.parts.append(
         PartReport("embed", "opaque embedding", Agreement(0.0, True), None, reason)
     )
-    return None, None
+    return Entrance(None)
+
+
+def _norm_at(own: nn.Module, place: Any, row: Row, config: ConfigReads) -> Norm | None:
+    module = hf.find(own, place)
+    if module is None:
+        return None
+    reading = read_norm(module, row, config, Coverage(module))
+    return Norm(reading.spec, reading.w, reading.b)
 
 
 def _blocks(
@@ -154,18 +225,27 @@ def _blocks(
 ) -> tuple[list[Block], list[BlockCall]]:
     blocks, calls = [], []
     for layer, module in enumerate(layers):
-        block, call, part = _block(module, row, config, truths, layer)
+        block, call, part = checked_block(module, row, config, truths, layer)
+        part = show_heads(part, block, call, truths, layer)
         blocks.append(block)
         calls.append(call)
         fidelity.parts.append(part)
     return blocks, calls
 
 
-def _block(
+def checked_block(
     module: nn.Module, row: Row, config: ConfigReads, truths: list[Truth], layer: int
 ) -> tuple[Block, BlockCall, PartReport]:
     """One block: uniform if it can be read completely and computes the same both ways."""
     where = f"blocks.{layer}"
+    if layer in truths[0].skipped:
+        reason = "text alone does not pass through it"
+        whole = OpaqueBlock(OpaqueSpec("block", reason), module)
+        call = BlockCall(argument_names(module), opaque=True, may_skip=True)
+        return whole, call, PartReport(where, "opaque block", Agreement(0.0, True), None, reason)
+    given = BlockCall(argument_names(module), opaque=True).bound(truths[0].calls[layer])
+    if given.get(row.rotary_given, row) is None:
+        row = row.but(rotary=None)  # the loop gives this layer no tables
     try:
         reading = read_block(module, row, config)
         block, call = build_read_block(reading), _call_of(module, row, reading)
@@ -186,7 +266,7 @@ def _block(
     ) as error:
         reason = f"not read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     opaque = OpaqueBlock(OpaqueSpec("block", reason), module)
-    call = BlockCall(_argument_names(module), opaque=True)
+    call = BlockCall(argument_names(module), opaque=True)
     quiet, listening = check_block(opaque, call, truths, layer)
     return opaque, call, PartReport(where, "opaque block", quiet, listening, reason)
 
@@ -199,6 +279,7 @@ def form_of(reading: BlockReading) -> str:
             ("attention", reading.attn),
             ("MLP", reading.mlp),
             ("mixer", reading.mixer),
+            *reading.norms.items(),
         )
         if isinstance(part, OpaqueReading)
     ]
@@ -208,31 +289,38 @@ def form_of(reading: BlockReading) -> str:
 
 
 def _opaque_reasons(reading: BlockReading) -> list[str]:
-    parts = (reading.attn, reading.mlp, reading.mixer)
+    parts = (reading.attn, reading.mlp, reading.mixer, *reading.norms.values())
     return [part.spec.reason for part in parts if isinstance(part, OpaqueReading)]
 
 
-def _argument_names(module: nn.Module) -> tuple[str, ...]:
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """What a block takes besides the stream, in order."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def _call_of(module: nn.Module, row: Row, reading: BlockReading) -> BlockCall:
     table = hf.find(module, row.mask_table)
-    if table is not None and bool((table == torch.ones_like(table).tril()).all()):
-        table = None  # plainly causal: the prepared mask says it already
     attn = reading.attn if isinstance(reading.attn, AttentionReading) else None
     opaque = any(isinstance(p, OpaqueReading) for p in (reading.attn, reading.mlp, reading.mixer))
+    sparse = isinstance(attn, LatentReading) and attn.spec.sparse
     rotary = None if attn is None else attn.rotary_style
     return BlockCall(
-        _argument_names(module),
-        opaque=opaque,
+        argument_names(module),
+        opaque=opaque or sparse,
+        picks=row.picks_given if sparse else None,
         mask_hides=row.mask_hides,
         bias=row.bias if isinstance(row.bias, str) else None,
         n_heads=0 if attn is None else attn.spec.n_heads,
         rotary=rotary,
         attn=attn.module if attn is not None and rotary == "pairs" else None,
-        mask_table=table,
+        mask_table=None if table is None else table.bool(),
+        table_is_causal=table is not None and bool((table == torch.ones_like(table).tril()).all()),
+        tables_given=row.rotary_given,
+        tables=None if rotary is None else hf.find(module, row.rotary_tables),
+        temperature=None
+        if attn is None or attn.spec.temperature is None
+        else Temperature(attn.spec.temperature, attn.module),
     )
 
 
@@ -264,6 +352,16 @@ def reading_out(
     return ln_final, unembed
 
 
+def _head(own: nn.Module, row: Row, config: ConfigReads) -> BertMLMHead | None:
+    """What some families compute between the stream and the unembedding."""
+    dense, norm = hf.find(own, row.head_dense), _norm_at(own, row.head_norm, row, config)
+    if dense is None or norm is None:
+        return None
+    act = hf.resolved(row.head_act, own, config)
+    act = ACT2FN[act] if isinstance(act, str) else act
+    return BertMLMHead(hf.flat_weight(dense).t(), hf.bias_of(dense), act, norm)
+
+
 # Running ------------------------------------------------------------------------------------------
 
 
@@ -277,28 +375,38 @@ def _preparer(
 ) -> HFPreparer:
     """Recorders in the blocks' places; what the tail does itself is taken out of the base."""
     calls: list[Call] = []
-    recorders = [CallRecorder(layer, calls, truth.returned) for layer in layers]
-    hf.replace_at(own, row.blocks, nn.ModuleList(recorders))
-    return HFPreparer(hf.at(own, row.base), row, calls, block_calls)
+    recorders = [CallRecorder(m, calls, truth.returned, i) for i, m in enumerate(layers)]
+    for recorder, layer in zip(recorders, layers, strict=True):
+        recorder.show(layer, row.asked)
+    many = nn.Sequential if isinstance(hf.at(own, row.blocks), nn.Sequential) else nn.ModuleList
+    hf.replace_at(own, row.blocks, many(*recorders) if many is nn.Sequential else many(recorders))
+    preparer = HFPreparer(hf.at(own, row.base), row, calls, block_calls)
+    if "position_ids" not in inspect.signature(own.forward).parameters:
+        preparer.accepts.discard("position_ids")  # some bases take what their model does not
+    preparer.first_position = hf.first_position(hf.find(own, row.pos_embed))
+    if truth.calls[0].hidden.shape[:2] != truth.tokens.shape:
+        preparer.remembers = False  # a cache of more, or other, positions than tokens have
+    return preparer
 
 
 def _check_preparing(conversion: Conversion, truth: Truth) -> None:
-    """What is prepared for each block is what Hugging Face called it with; else ConversionError."""
+    """What is prepared for each block is what Hugging Face called it with; else NotDrivenError."""
     embeds = None if conversion.embed is None else truth.calls[0].hidden
     with torch.no_grad():
         prepared = conversion.preparer(
-            tokens=truth.tokens if embeds is None else None,
+            tokens=truth.tokens if embeds is None or conversion.row.token_inputs else None,
             embeds=embeds,
-            attention_mask=truth.real.long(),
+            attention_mask=truth.real.long() if conversion.preparer.masks else None,
             position_ids=truth.position_ids,
         )
     for layer, context in enumerate(prepared.contexts):
+        if context.skipped:
+            continue
         theirs = conversion.preparer.blocks[layer].context(truth.calls[layer], past=0)
         if missing := not_prepared(theirs, context):
-            raise ConversionError(
-                f"{type(conversion.own).__name__} calls block {layer} with {', '.join(missing)}, "
-                "which other blocks compute besides the stream; such a model has no uniform form "
-                "yet."
+            raise NotDrivenError(
+                f"block {layer} is called with {', '.join(missing)}, which other blocks compute "
+                "besides the stream"
             )
 
 
@@ -309,6 +417,11 @@ def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> 
     reason = "the head is no plain matrix"
     if conversion.unembed is not None:
         agreement = _read_out(conversion, truth)
+        if not within(agreement, dtype) and conversion.unembed.scaled:
+            # A wrapper with a head of its own may leave out what the text model's head does.
+            bare = conversion.row.but(logit_scale=None, logit_divisor=None, logit_softcap=None)
+            _, conversion.unembed = reading_out(own, bare, config)
+            agreement = _read_out(conversion, truth)
         if within(agreement, dtype):
             _strip(conversion)
             fidelity.parts.append(PartReport("logits", "uniform", agreement))
@@ -319,14 +432,16 @@ def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> 
         logits = tail(stream, truth.tokens, truth.real.long(), truth.position_ids)
     agreement = compare(logits, truth.logits, truth.real)
     if not within(agreement, dtype):
-        raise ConversionError(
-            f"{type(own).__name__} does something between its blocks and its logits that could "
-            f"not be reproduced ({agreement.error:.1e} away)."
+        raise NotDrivenError(
+            "something between its blocks and its logits could not be reproduced "
+            f"({agreement.error:.1e} away)"
         )
     conversion.tail, conversion.ln_final, conversion.unembed = tail, None, None
+    conversion.mlm_head = None
     if conversion.embed is not None and hf.find(own, conversion.row.embed_proj) is not None:
         # The tail needs the base whole, and a base that projects takes no stream of ours.
-        conversion.embed, conversion.pos_embed = None, None
+        conversion.embed = conversion.pos_embed = None
+        conversion.type_embed = conversion.embed_ln = None
         projects = "its projection stays with the head, which is opaque"
         fidelity.parts[0] = PartReport(
             "embed", "opaque embedding", Agreement(0.0, True), None, projects
@@ -340,6 +455,7 @@ def _read_out(conversion: Conversion, truth: Truth) -> Agreement:
     try:
         with torch.no_grad():
             normed = stream if conversion.ln_final is None else conversion.ln_final(stream)
+            normed = normed if conversion.mlm_head is None else conversion.mlm_head(normed)
             return compare(conversion.unembed(normed), truth.logits, truth.real)
     except RuntimeError:  # something between them changes the width
         return Agreement(float("inf"), False)
@@ -355,10 +471,26 @@ class _Passes(nn.Identity):
 
 
 class _Nothing(nn.Module):
-    """Stands where a position embedding was: adds zero to whatever it is added to."""
+    """Stands where a position embedding was: adds zero to whatever it is added to. Some bases ask
+    their first parameter for its dtype: this one."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(())
+
+
+class _Words(nn.Module):
+    """Stands where the token embedding was: asks ours, which owns the weights now."""
+
+    def __init__(self, embed: Embed):
+        super().__init__()
+        self.embed = [embed]  # in a list, so that it is no sub-module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.is_floating_point() else self.embed[0].words(x)
 
 
 def _strip(conversion: Conversion) -> None:
@@ -366,11 +498,13 @@ def _strip(conversion: Conversion) -> None:
     own, row = conversion.own, conversion.row
     norm = _Passes(getattr(hf.find(own, row.ln_final), "weight", None))
     gone: list[tuple[Any, Any]] = [(row.ln_final, norm), (row.unembed_proj, None)]
-    gone.append((row.unembed, nn.Identity()))
+    gone += [(place, nn.Identity()) for place in (row.unembed, row.head_dense, row.head_norm)]
     if conversion.embed is not None:
         gone += [(row.embed_proj, None), (row.embed_norm, nn.Identity())]
-        gone += [(row.pos_embed, _Nothing()), (row.embed, nn.Identity())]
+        W_E = conversion.embed.W_E
+        gone += [(row.pos_embed, _Nothing(W_E)), (row.embed, _Words(conversion.embed))]
+        gone += [(row.type_embed, _Nothing(W_E)), (row.embed_sum_norm, nn.Identity())]
     for places, stand_in in gone:
         for place in (places,) if isinstance(places, str) else places or ():
-            if hf.find(own, place) is not None:
+            if isinstance(hf.find(own, place), nn.Module):
                 hf.replace_at(own, place, stand_in)

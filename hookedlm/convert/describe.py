@@ -9,6 +9,7 @@ from torch import nn
 
 from hookedlm.convert import hf
 from hookedlm.convert.convert import Conversion
+from hookedlm.convert.text_model import text_config
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.moe import MoE
@@ -31,11 +32,11 @@ ACTIVATIONS = {
 
 def config_fields(conversion: Conversion, name: str) -> dict[str, Any]:
     """The config fields a converted model has; what no field can say is left at its default."""
-    config = conversion.own.config.get_text_config()
+    config = text_config(conversion.own)
     fields: dict[str, Any] = {
         "model_name": name,
         "n_layers": len(conversion.blocks),
-        "d_model": _d_model(conversion, config),
+        "d_model": _d_model(conversion),
         "d_vocab": _d_vocab(conversion, config),
         "n_ctx": _n_ctx(conversion, config),
         "original_architecture": conversion.fidelity.model_class,
@@ -50,7 +51,7 @@ def config_fields(conversion: Conversion, name: str) -> dict[str, Any]:
     attention = [m["attn"] for m in map(_modules, blocks) if isinstance(m.get("attn"), Attention)]
     everywhere = len(attention) == len(blocks)
     mlps = [m["mlp"] for m in map(_modules, blocks) if m.get("mlp") is not None]
-    fields |= _of_attention(attention, config, everywhere) | _of_mlps(mlps, config)
+    fields |= _of_attention(attention, config, everywhere, fields["d_model"]) | _of_mlps(mlps, config)
     fields |= _of_norms(conversion) | _of_positions(conversion, attention, config)
     fields["parallel_attn_mlp"] = "parallel" in {
         p.form.split(", ")[-1] for p in conversion.fidelity.parts
@@ -62,31 +63,38 @@ def _modules(block: nn.Module) -> dict[str, Any]:
     return dict(block._modules)
 
 
-def _d_model(conversion: Conversion, config: Any) -> int:
+def _d_model(conversion: Conversion) -> int:
     norm = conversion.ln_final
     if isinstance(norm, Norm) and norm.live("w") is not None:
         return int(norm.w.shape[0])
     if conversion.pos_embed is not None:
         return int(conversion.pos_embed.W_pos.shape[1])
-    return int(config.hidden_size)
+    if conversion.width is not None:
+        return conversion.width
+    return int(text_config(conversion.own).hidden_size)
 
 
 def _d_vocab(conversion: Conversion, config: Any) -> int:
-    embed = conversion.embed
-    return int(config.vocab_size if embed is None else embed.W_E.shape[0])
+    if conversion.embed is not None:
+        return int(conversion.embed.W_E.shape[0])
+    told = hf.find(config, "vocab_size")
+    return int(told or hf.rows_of_tokens(conversion.own, conversion.row.embed))
 
 
 def _n_ctx(conversion: Conversion, config: Any) -> int:
     if conversion.pos_embed is not None:
         return int(conversion.pos_embed.W_pos.shape[0])
     places = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
-    return int(hf.find(config, places) or 2048)
+    n_ctx = int(hf.find(config, places) or 0)
+    return n_ctx if n_ctx > 0 else 2048  # some configs say that there is no limit
 
 
-def _of_attention(layers: list[Attention], config: Any, everywhere: bool) -> dict[str, Any]:
+def _of_attention(
+    layers: list[Attention], config: Any, everywhere: bool, d_model: int
+) -> dict[str, Any]:
     if not layers:
         heads = int(hf.find(config, ("num_attention_heads",)) or 1)
-        return {"n_heads": heads, "d_head": int(hf.find(config, ("hidden_size",))) // heads}
+        return {"n_heads": heads, "d_head": int(hf.find(config, ("hidden_size",)) or d_model) // heads}
     spec = layers[0].spec
     windows = [layer.spec.window for layer in layers]
     return {
@@ -106,12 +114,17 @@ def _of_attention(layers: list[Attention], config: Any, everywhere: bool) -> dic
     }
 
 
+def _width_of_mlp(config: Any) -> int | None:
+    told = hf.find(config, "intermediate_size")
+    return int(told[0] if isinstance(told, (list, tuple)) else told or 0) or None
+
+
 def _of_mlps(layers: list[nn.Module], config: Any) -> dict[str, Any]:
     dense = [layer for layer in layers if isinstance(layer, (MLP, GatedMLP))]
     moes = [layer for layer in layers if isinstance(layer, MoE)]
     fields: dict[str, Any] = {
         "act_fn": "gelu",
-        "d_mlp": int(hf.find(config, ("intermediate_size",)) or 0) or None,
+        "d_mlp": _width_of_mlp(config),
     }
     if moes:
         spec = moes[0].spec
@@ -154,7 +167,7 @@ def _of_positions(conversion: Conversion, layers: list[Attention], config: Any) 
         factor = (
             parameters.get("partial_rotary_factor", 1.0) if isinstance(parameters, dict) else 1.0
         )
-        width = hf.find(config, ("rotary_dim",)) or int(layers[0].spec.d_head * factor)
+        width = hf.find(config, ("rotary_dim", "qk_rope_head_dim")) or int(layers[0].spec.d_head * factor)
         return {
             "positional_embedding_type": "rotary",
             "rotary_dim": width,

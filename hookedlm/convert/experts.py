@@ -31,7 +31,8 @@ def matrix_name(router: nn.Module, n_experts: int | None = None) -> str:
 
 class HFRouting:
     """Hugging Face's router: ``router(x)`` or ``router(x, bias)`` gives logits, weights, indices;
-    or logits alone, of which ``picks`` makes the other two.
+    or logits alone, of which ``picks`` makes the other two; or, with ``top_k_of_scores``, the
+    weights of all experts, 0 where not picked, and logits.
 
     Logits that were edited pass through the router's own rule: its matrix is replaced by the
     identity, so that its input is its logits.
@@ -42,8 +43,10 @@ class HFRouting:
         router: nn.Module,
         batched: bool = False,
         picks: Callable[[Tensor], Picks] | None = None,
+        top_k_of_scores: int | None = None,
     ):
         self.router = router
+        self.top_k_of_scores = top_k_of_scores
         self.batched = batched
         self.picks = picks
 
@@ -52,6 +55,9 @@ class HFRouting:
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = x if self.batched else x.flatten(0, 1)
         out = self.router(x) if bias is None else self.router(x, bias)
+        if self.top_k_of_scores is not None:
+            scores, logits = out
+            return logits, *scores.topk(self.top_k_of_scores, dim=-1)
         return out if self.picks is None else (out, *self.picks(out))
 
     def picked(self, logits: Float[Tensor, "token expert"], bias: Tensor | None) -> Picks:
@@ -60,10 +66,10 @@ class HFRouting:
             return self.picks(logits)
         router, weights = self._of_logits(logits.shape[-1])
         rows = (logits[None] if self.batched else logits,)
-        _, picked, indices = functional_call(
-            router, weights, rows if bias is None else (*rows, bias)
-        )
-        return picked, indices
+        out = functional_call(router, weights, rows if bias is None else (*rows, bias))
+        if self.top_k_of_scores is not None:
+            return tuple(out[0].topk(self.top_k_of_scores, dim=-1))
+        return out[1], out[2]
 
     def _of_logits(self, n: int) -> tuple[nn.Module, dict[str, Tensor]]:
         """The router for inputs that are logits already, and the weights that make it so."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 
 from hookedlm.families.row import Choice, Fact, Place
@@ -23,9 +24,9 @@ class MissingPartError(LookupError):
 
 
 def at(root: Any, path: str) -> Any:
-    """The object at a dotted path; raises MissingPartError naming the path."""
+    """The object at a dotted path ("" is the root); raises MissingPartError naming the path."""
     here = root
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         if not hasattr(here, name):
             raise MissingPartError(f"no {path!r} in {type(root).__name__}")
         here = getattr(here, name)
@@ -60,7 +61,7 @@ def resolved(fact: Fact, root: Any, config: ConfigReads) -> Any:
     """The value a fact of a row has for this module: constants as they are, places looked up."""
     while isinstance(fact, Choice):
         value = config(fact.key)
-        fact = fact.options[bool(value) if isinstance(value, int) else value]
+        fact = fact.options[bool(value) if isinstance(value, (int, float)) else value]
     if not isinstance(fact, str) or "." not in fact:
         return fact
     if fact.startswith("config."):
@@ -110,7 +111,32 @@ def skeleton(model: nn.Module) -> Any:
             memo.setdefault(id(parameter), shared)
         for buffer in module.buffers(recurse=False):
             memo.setdefault(id(buffer), buffer)
-    return copy.deepcopy(model, memo)
+    return _at_full_size(copy.deepcopy(model, memo))
+
+
+def _at_full_size(model: Any) -> Any:
+    """Models that halve weights in place when they first run (RWKV, against overflow) get full-size
+    copies of these weights here, and no longer do: the tensors they share stay untouched."""
+    for base in model.modules():
+        every = getattr(getattr(base, "config", None), "rescale_every", 0)
+        if "layers_are_rescaled" not in vars(base) or not every:
+            continue
+        for layer, block in enumerate(base.blocks):
+            for linear in (block.attention.output, block.feed_forward.value):
+                size = 2 ** (layer // every) if base.layers_are_rescaled else 1
+                train = linear.weight.requires_grad
+                linear.weight = nn.Parameter(linear.weight.detach() * size, requires_grad=train)
+        base.config.rescale_every = 0
+    return model
+
+
+def rows_of_tokens(model: Any, place: str = "") -> int:
+    """How many tokens an embedding knows, or the first of several."""
+    told = find(model, f"{place}.weight" if place else None)
+    if isinstance(told, Tensor):
+        return int(told.shape[0])
+    table = model.get_input_embeddings()
+    return int((table[0] if isinstance(table, nn.ModuleList) else table).weight.shape[0])
 
 
 def replace_at(root: nn.Module, path: str, new: Any) -> None:
@@ -119,30 +145,78 @@ def replace_at(root: nn.Module, path: str, new: Any) -> None:
     setattr(at(root, ".".join(parents)) if parents else root, name, new)
 
 
+def length_of(cache: Any) -> int:
+    """How many positions a transformers ``Cache`` holds. Where its first layer holds a recurrent
+    state in disguise, others know."""
+    layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, CacheLayerMixin)]
+    if layers:
+        return max(int(layer.get_seq_length()) for layer in layers)
+    return int(cache.get_seq_length())
+
+
 # Positions ----------------------------------------------------------------------------------------
 
 
-def has_rotation(attn: nn.Module) -> bool:
-    """Whether the file this module comes from has a rotation of the usual name."""
-    return "apply_rotary_pos_emb" in vars(sys.modules[type(attn).__module__])
+def rows_of(position: Any, offset: int) -> Tensor:
+    """The rows of positions from 0 on, of a module or a tensor that the model indexes itself."""
+    table = position if isinstance(position, Tensor) else find(position, ("weight", "weights"))
+    return table[offset or first_position(position) :]
+
+
+def first_position(position: Any) -> int:
+    """The id of the first position: a table with a row for padding counts from behind it, as
+    fairseq does (RoBERTa)."""
+    padding = find(position, "padding_idx") if isinstance(position, nn.Embedding) else None
+    return 0 if padding is None else int(padding) + 1
+
+
+ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_emb")
+"""What model files call their rotation of queries and keys."""
+
+OF_CLASSES = ("apply_rotary_position_embeddings",)
+"""What it is called where it is a static method of the attention."""
+
+INTERLEAVED = ("apply_rotary_pos_emb_interleave",)
+"""What they call one that pairs neighbours, beside one that pairs halves."""
+
+
+def has_rotation(attn: nn.Module, style: str = "tables") -> bool:
+    """Whether the file this module comes from has a rotation of a usual name."""
+    return _rotation_of(attn, style) is not None
+
+
+def _rotation_of(attn: nn.Module, style: str) -> Any:
+    names = INTERLEAVED if style == "interleaved" else ROTATIONS
+    file = vars(sys.modules[type(attn).__module__])
+    found = next((file[name] for name in names if name in file), None)
+    return found or find(type(attn), OF_CLASSES)
 
 
 class Rotation:
     """Hugging Face's own rotation behind one signature (a class, so that models can be pickled).
 
     ``style``: "tables" turns all of q and k (or what the family's function turns), "partial" as
-    many dimensions as the tables are wide, "pairs" neighbouring pairs as GPT-J does.
+    many dimensions as the tables are wide, "pairs" neighbouring pairs as GPT-J does, "complex"
+    pairs as complex numbers ("complex_heads": given heads before positions), "interleaved"
+    neighbouring pairs by a function of that name, which leaves them apart, "sinusoid" pairs by one
+    table of sines and cosines.
     """
 
     def __init__(self, attn: nn.Module, style: str):
-        self.apply = vars(sys.modules[type(attn).__module__])["apply_rotary_pos_emb"]
-        self.turn = {"tables": self._whole, "partial": self._partial, "pairs": self._pairs}[style]
+        self.apply = _rotation_of(attn, style)
+        styles = {"tables": self._whole, "partial": self._partial, "pairs": self._pairs}
+        styles |= {"complex": self._complex, "complex_heads": self._complex_heads}
+        styles |= {"single": self._single}
+        self.turn = (styles | {"interleaved": self._whole, "sinusoid": self._sinusoid})[style]
 
     def __call__(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return self.turn(q, k, tables)
 
     def _whole(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return self.apply(q, k, tables[0], tables[1])
+
+    def _single(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.apply(q, tables[0], tables[1]), self.apply(k, tables[0], tables[1])
 
     def _partial(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         n = tables[0].shape[-1]
@@ -151,6 +225,18 @@ class Rotation:
 
     def _pairs(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return self._turned_pairs(q, *tables), self._turned_pairs(k, *tables)
+
+    def _sinusoid(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.apply(tables[0], q, k)
+
+    def _complex(self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        q, k = self.apply(q.transpose(1, 2), k.transpose(1, 2), tables[0])
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    def _complex_heads(
+        self, q: Tensor, k: Tensor, tables: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        return self.apply(q, k, tables[0])
 
     def _turned_pairs(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
         x, n = x.transpose(1, 2), 2 * sin.shape[-1]

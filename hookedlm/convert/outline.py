@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from hookedlm.convert import hf
+from hookedlm.convert.assembled import assemble
 from hookedlm.convert.build import Block, build_read_block
 from hookedlm.convert.convert import Conversion, form_of, reading_out
 from hookedlm.convert.describe import config_fields
@@ -16,6 +16,7 @@ from hookedlm.convert.guess import row_of
 from hookedlm.convert.hf import ConfigReads
 from hookedlm.convert.read import read_block
 from hookedlm.convert.report import Fidelity, PartReport
+from hookedlm.convert.text_model import auto_class, text_config
 from hookedlm.errors import ConversionError
 from hookedlm.families import Row
 from hookedlm.layers.embed import Embed, PosEmbed
@@ -32,7 +33,7 @@ def outline_fields(hf_config: Any, name: str) -> dict[str, Any]:
     """
     try:
         with torch.device("meta"):
-            own = AutoModelForCausalLM.from_config(hf_config).eval()
+            own = auto_class(hf_config).from_config(hf_config).eval()
         return config_fields(_outlined(own), name)
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, ConversionError):
@@ -44,8 +45,9 @@ def outline_fields(hf_config: Any, name: str) -> dict[str, Any]:
 
 
 def _outlined(own: Any) -> Conversion:
-    config = ConfigReads(own.config)
+    config = ConfigReads(text_config(own))
     row, family = row_of(own)
+    assemble(own, row)
     fidelity = Fidelity(own.config.model_type, type(own).__name__, "", family)
     blocks = []
     for layer, module in enumerate(hf.at(own, row.blocks)):
@@ -58,7 +60,7 @@ def _outlined(own: Any) -> Conversion:
         own,
         row,
         Embed(hf.at(own, row.embed).weight),
-        None if position is None else PosEmbed(position.weight[row.pos_offset :]),
+        None if position is None else PosEmbed(hf.rows_of(position, row.pos_offset)),
         blocks,
         ln_final,
         unembed,

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transformers.activations import ACT2FN
+
 from hookedlm.convert import hf
 from hookedlm.convert.experts import (
     HFNeurons,
@@ -16,7 +18,9 @@ from hookedlm.convert.experts import (
     neurons_of,
 )
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
+from hookedlm.convert.read_norm import NormReading, read_norm
 from hookedlm.families.row import Row
+from hookedlm.layers.activations import ScaledInput
 from hookedlm.layers.mlp import MLPTensors
 from hookedlm.spec import MLPSpec, MoESpec
 
@@ -28,6 +32,7 @@ class MLPReading:
     spec: MLPSpec
     tensors: MLPTensors
     act: Any
+    norm: NormReading | None = None
 
 
 @dataclass
@@ -46,7 +51,7 @@ class MoEReading:
 
 def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) -> MLPReading:
     """A dense MLP, gate and linear branch cut apart where they are stored as one."""
-    act = hf.find(block, row.act)
+    act = _activation(block, row, config)
     down = hf.find(block, row.down)
     gate, up = hf.find(block, row.gate), hf.find(block, row.up)
     both = hf.find(block, row.gate_up)
@@ -67,6 +72,10 @@ def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
         elif row.gate is not None:
             raise MissingPartError(f"no gate at {row.gate!r}")
     seen.take(down.weight, hf.bias_of(down))
+    if isinstance(act, nn.Module):
+        seen.take_module(act)
+    inner = hf.find(block, row.mlp_norm)
+    norm = None if inner is None else read_norm(inner, row, config, seen)
     tensors = MLPTensors(
         W_in=W_up.t(),
         W_out=hf.flat_weight(down).t(),
@@ -76,7 +85,14 @@ def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
         b_gate=b_gate,
     )
     name = type(act).__name__ if isinstance(act, nn.Module) else act.__name__
-    return MLPReading(MLPSpec(W_up.shape[0], W_gate is not None, name), tensors, act)
+    spec = MLPSpec(W_up.shape[0], W_gate is not None, name, None if norm is None else norm.spec)
+    return MLPReading(spec, tensors, act, norm)
+
+
+def _activation(block: nn.Module, row: Row, config: ConfigReads) -> Any:
+    act = ACT2FN[row.act_name] if row.act_name is not None else hf.find(block, row.act)
+    factor = hf.resolved(row.act_in_scale, block, config)
+    return act if act is None or factor in (None, 1.0) else ScaledInput(act, float(factor))
 
 
 def read_moe(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) -> MoEReading:
@@ -93,22 +109,33 @@ def read_moe(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
     if top_k is None:
         raise MissingPartError(f"no top_k in {type(router).__name__} or at {row.top_k!r}")
     shared, gate = _shared(block, row, config, seen)
-    down = next(p for name, p in experts.named_parameters() if "down" in name and p.ndim == 3)
-    act = hf.find(experts, ("act_fn", "activation_fn"))
+    divisor = hf.resolved(row.shared_divisor, block, config)
+    act = hf.find(experts, ("act_fn", "activation_fn", "mlp.activation_fn"))
     spec = MoESpec(
         n_experts=int(n_experts),
         top_k=int(top_k),
-        d_mlp=next((n for n in down.shape[1:] if n != d_model), int(d_model)),
+        d_model=int(d_model),
+        d_mlp=_width(experts, int(d_model)),
         act=type(act).__name__ if isinstance(act, nn.Module) else str(getattr(act, "__name__", "")),
         scale=float(hf.resolved(row.routed_scale, block, config) or 1.0),
-        divisor=float(hf.resolved(row.shared_divisor, block, config) or 1.0),
+        divisor=1.0 if shared is None else float(divisor or 1.0),
         d_shared=None if shared is None else shared.spec.d_mlp,
     )
     neurons = None if row.weighted_input else neurons_of(experts)
     if row.weighted_input:
         experts = ScaledInputExperts(experts, int(n_experts))
-    routing = HFRouting(router, row.router_batched, hf.find(block, row.picks))
+    scores = int(top_k) if row.router_scores else None
+    routing = HFRouting(router, row.router_batched, hf.find(block, row.picks), scores)
     return MoEReading(spec, router, experts, routing, neurons, shared, gate, bias)
+
+
+def _width(experts: nn.Module, d_model: int) -> int:
+    """How many neurons an expert has."""
+    told = hf.find(experts, ("intermediate_dim", "ffn_hidden_size", "intermediate_size"))
+    if isinstance(told, int):
+        return told
+    down = next(p for name, p in experts.named_parameters() if "down" in name and p.ndim == 3)
+    return next((n for n in down.shape[1:] if n != d_model), d_model)
 
 
 def _shared(

@@ -26,16 +26,17 @@ def read_norm(module: nn.Module, row: Row, config: ConfigReads, seen: Coverage) 
     w, b = getattr(module, "weight", None), getattr(module, "bias", None)
     seen.take(w, b)
     if isinstance(module, nn.LayerNorm):
-        return NormReading(NormSpec("LN", module.eps), w, b)
+        return NormReading(NormSpec("LN", module.eps, row.norm_offset), w, b)
     eps = hf.find(module, ("variance_epsilon", "eps", "epsilon", "norm_eps"))
     if eps is None:
         eps = hf.resolved(row.norm_eps, module, config)
     if eps is None:
         raise MissingPartError(f"{type(module).__name__} tells no eps")
-    native = row.norm == "LN" and w is None and b is None
+    kind = hf.resolved(row.norm, module, config)
+    native = kind == "LN" and w is None and b is None
     return NormReading(
         NormSpec(
-            "LN" if row.norm == "LN" else "RMS",
+            "LN" if kind == "LN" else "RMS",
             float(eps),
             row.norm_offset,
             row.norm_late_cast,

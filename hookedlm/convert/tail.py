@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hookedlm.convert.calling import logits_of, tokens_name
 from hookedlm.convert.prepare import CallRecorder, HFPreparer
 
 
@@ -27,17 +28,19 @@ class OpaqueTail:
     ) -> Tensor:
         """Logits ``[batch, pos, d_vocab]`` of the stream leaving the last block."""
         given: dict[str, Any] = {
-            "input_ids": tokens,
+            tokens_name(self.model): tokens,
             "inputs_embeds": stream if tokens is None else None,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "use_cache": False,
         }
         recorders = [m for m in self.preparer.module.modules() if isinstance(m, CallRecorder)]
-        recorders[-1].substitute = stream
+        for recorder in recorders:  # whichever is called last
+            recorder.substitute = stream
         try:
             kwargs = {n: v for n, v in given.items() if v is not None and n in self.accepts}
-            return self.model(**kwargs).logits
+            return logits_of(self.model(**kwargs))
         finally:
-            recorders[-1].substitute = None
+            for recorder in recorders:
+                recorder.substitute = None
             self.preparer.calls.clear()

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from hookedlm.families import bloom, gemma, gpt2, gptj, llama, mamba, mixtral, olmo
+from hookedlm.families import (
+    bart,
+    bert_like,
+    bloom,
+    deepseek,
+    gemma,
+    gpt2,
+    gptj,
+    hybrids,
+    llama,
+    loops,
+    mamba,
+    mixtral,
+    multimodal,
+    olmo,
+)
 from hookedlm.families.row import Choice as Choice
 from hookedlm.families.row import Row as Row
 
@@ -11,10 +26,16 @@ FAMILIES: dict[str, Row] = {
     **gptj.ROWS,
     **bloom.ROWS,
     **llama.ROWS,
+    **loops.ROWS,
     **olmo.ROWS,
     **gemma.ROWS,
     **mixtral.ROWS,
+    **deepseek.ROWS,
     **mamba.ROWS,
+    **hybrids.ROWS,
+    **bart.ROWS,
+    **bert_like.ROWS,
+    **multimodal.ROWS,
 }
 """``config.model_type`` -> row."""
 

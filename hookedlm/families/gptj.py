@@ -26,6 +26,18 @@ NEOX = GPT2.but(
     act="mlp.act",
 )
 
+COHERE = LLAMA.but(
+    norm="LN",
+    norm_late_cast=True,
+    layout="parallel",
+    branches_first=False,
+    ln2=None,
+    q_norm="self_attn.q_norm",
+    k_norm="self_attn.k_norm",
+    logit_scale="config.logit_scale",
+)
+COHERE2 = COHERE.but(window="self_attn.sliding_window", rotary_if="self_attn.sliding_window")
+
 ROWS = {
     "gptj": GPT2.but(
         pos_embed=None,
@@ -41,7 +53,44 @@ ROWS = {
         up="mlp.fc_in",
         down="mlp.fc_out",
     ),
+    "codegen": GPT2.but(
+        pos_embed=None,
+        layout="parallel",
+        ln2=None,
+        qkv="attn.qkv_proj",
+        qkv_order=(4, "qvk"),
+        o="attn.out_proj",
+        scale=None,
+        rotary="pairs",
+        up="mlp.fc_in",
+        down="mlp.fc_out",
+    ),
     "gpt_neox": NEOX,
+    "gpt_neox_japanese": NEOX.but(
+        base="gpt_neox_japanese",
+        blocks="gpt_neox_japanese.layers",
+        embed="gpt_neox_japanese.embed_in",
+        ln_final="gpt_neox_japanese.final_layer_norm",
+        layout="sequential",
+        o_bias="attention.dense_bias",
+        scale=None,
+        rotary="partial",
+    ),
+    "persimmon": NEOX.but(
+        base="model",
+        blocks="model.layers",
+        embed="model.embed_tokens",
+        ln_final="model.final_layernorm",
+        layout="sequential",
+        attn="self_attn",
+        qkv="self_attn.query_key_value",
+        o="self_attn.dense",
+        d_head="self_attn.head_dim",
+        scale="self_attn.scaling",
+        q_norm="self_attn.q_layernorm",
+        k_norm="self_attn.k_layernorm",
+        rotary="partial",
+    ),
     "phi": LLAMA.but(
         ln_final="model.final_layernorm",
         norm="LN",
@@ -56,15 +105,15 @@ ROWS = {
         down="mlp.fc2",
         act="mlp.activation_fn",
     ),
-    "cohere": LLAMA.but(
-        norm="LN",
-        norm_late_cast=True,
-        layout="parallel",
-        branches_first=False,
-        ln2=None,
-        q_norm="self_attn.q_norm",
-        k_norm="self_attn.k_norm",
-        logit_scale="config.logit_scale",
+    "cohere": COHERE,
+    "cohere2": COHERE2,
+    "cohere_compass_text": COHERE2,
+    "cohere2_moe": COHERE2.but(
+        norm=Choice("rms_norm_eps", {None: "LN", True: "RMS"}),
+        rotary_if=("self_attn.sliding_window", "self_attn.force_rope"),
+        router="mlp.gate",
+        shared="mlp.shared_experts",
+        shared_divisor=Choice("shared_expert_combination_strategy", {"sum": 1.0, "average": 2.0}),
     ),
     "stablelm": LLAMA.but(
         norm="LN",

@@ -1,6 +1,6 @@
 """Llama and the families that only tweak it: RMSNorm, rotary positions, gated MLP."""
 
-from hookedlm.families.row import Row
+from hookedlm.families.row import Choice, Row
 
 LLAMA = Row()
 
@@ -11,6 +11,9 @@ FUSED_MLP = {
     "gate": None, "up": None, "gate_up": "mlp.gate_up_proj", "act": "mlp.activation_fn",
 }  # fmt: skip
 FUSED_QKV = {"q": None, "k": None, "v": None, "qkv": "self_attn.qkv_proj"}
+LOCAL_IF_ANY = Choice(
+    "sliding_window", {None: True, True: "self_attn.is_sliding", False: "self_attn.is_sliding"}
+)
 MULTIPLIERS = {
     "embed_scale": "config.embedding_multiplier",
     "residual_scale": ".residual_multiplier",
@@ -45,8 +48,60 @@ ROWS = {
     "cwm": LLAMA.but(window="self_attn.sliding_window"),
     "qwen2": LLAMA.but(window="self_attn.sliding_window"),
     "qwen3": LLAMA.but(**PER_HEAD_NORMS, window="self_attn.sliding_window"),
+    "ministral3": LLAMA.but(window="config.sliding_window", temperature="log"),
+    "hunyuan_v1_dense": LLAMA.but(
+        q_norm="self_attn.query_layernorm", k_norm="self_attn.key_layernorm", qk_late=True
+    ),
+    "bitnet": LLAMA.but(z_norm="self_attn.attn_sub_norm", mlp_norm="mlp.ffn_sub_norm"),
+    "nanochat": LLAMA.but(
+        **PLAIN_MLP,
+        **PER_HEAD_NORMS,
+        qk_late=True,
+        up="mlp.fc1",
+        down="mlp.fc2",
+        act="mlp.activation_fn",
+        embed_norm="model.norm",
+        embed_scale=None,
+        logit_softcap="config.final_logit_softcapping",
+    ),
     "smollm3": LLAMA.but(rotary_if="self_attn.use_rope"),
     "arcee": LLAMA.but(**PLAIN_MLP),
+    "jais2": LLAMA.but(**PLAIN_MLP, norm="LN"),
+    "nemotron": LLAMA.but(**PLAIN_MLP, norm="LN", norm_offset=1.0),
+    "moshi": LLAMA.but(
+        norm_late_cast=True,
+        **{x: f"self_attn.{x}_proj.linear" for x in "qkvo"},
+        rotary_tables="self_attn.rotary_emb",
+        window="config.sliding_window",
+        gate=None,
+        up=None,
+        gate_up="mlp.fc1",
+        down="mlp.fc2",
+        act="mlp.activation_fn",
+    ),
+    "modernbert-decoder": LLAMA.but(
+        norm="LN",
+        embed="model.embeddings.tok_embeddings",
+        embed_norm="model.embeddings.norm",
+        ln_final="model.final_norm",
+        head_dense="lm_head.dense",
+        head_act="lm_head.act",
+        head_norm="lm_head.norm",
+        unembed="decoder",
+        ln1="attn_norm",
+        ln2="mlp_norm",
+        attn="attn",
+        **{x: f"attn.{x}_proj" for x in "qkv"},
+        o="attn.Wo",
+        d_head="attn.head_dim",
+        scale="attn.scaling",
+        window="attn.sliding_window",
+        gate=None,
+        up=None,
+        gate_up="mlp.Wi",
+        down="mlp.Wo",
+        act="mlp.act",
+    ),
     "apertus": LLAMA.but(
         **PLAIN_MLP, **PER_HEAD_NORMS, ln1="attention_layernorm", ln2="feedforward_layernorm"
     ),

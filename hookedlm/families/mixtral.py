@@ -1,18 +1,23 @@
 """Mixtures of experts in Llama's body."""
 
-from hookedlm.families.llama import FULL_WIDTH_NORMS, LLAMA, PER_HEAD_NORMS
+from hookedlm.families.llama import FULL_WIDTH_NORMS, LLAMA, LOCAL_IF_ANY, PER_HEAD_NORMS
+from hookedlm.families.row import Choice
 
 MIXTRAL = LLAMA.but(router="mlp.gate", window="config.sliding_window")
 SHARED = MIXTRAL.but(shared="mlp.shared_experts")
 WINDOW = {"window": "self_attn.sliding_window"}
+BOTH_POST = {
+    "ln1_post": "post_attention_layernorm",
+    "ln2": "pre_mlp_layernorm",
+    "ln2_post": "post_mlp_layernorm",
+}
+GATED = {"attn_gate": "self_attn.gate_proj"}
 
 ROWS = {
     "mixtral": MIXTRAL,
     "mellum": MIXTRAL.but(**PER_HEAD_NORMS, **WINDOW),
     "phimoe": MIXTRAL.but(norm="LN", router="mlp.router"),
-    "qwen2_moe": MIXTRAL.but(
-        shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate", **WINDOW
-    ),
+    "qwen2_moe": MIXTRAL.but(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate"),
     "qwen3_moe": MIXTRAL.but(**PER_HEAD_NORMS),
     "minimax_m2": MIXTRAL.but(
         **FULL_WIDTH_NORMS, rotary="partial", router_bias="mlp.e_score_correction_bias"
@@ -22,16 +27,106 @@ ROWS = {
     "dots1": SHARED.but(**PER_HEAD_NORMS, **WINDOW),
     "glm4_moe": SHARED.but(**PER_HEAD_NORMS, rotary="partial"),
     "solar_open": SHARED,
-    "exaone_moe": SHARED.but(**PER_HEAD_NORMS, **WINDOW, rotary_if="self_attn.use_rope"),
+    "exaone_moe": SHARED.but(**PER_HEAD_NORMS, **WINDOW, rotary_if=LOCAL_IF_ANY),
     "hy_v3": SHARED.but(**PER_HEAD_NORMS, router_bias="mlp.e_score_correction_bias"),
     "flint": SHARED.but(
-        **PER_HEAD_NORMS, **WINDOW, shared="mlp.shared_expert", sinks="self_attn.sinks"
+        **PER_HEAD_NORMS,
+        **WINDOW,
+        shared="mlp.shared_expert",
+        sinks="self_attn.sinks",
+        rotary_if="self_attn.sliding_window",
     ),
     "kolibri1": SHARED.but(
         **PER_HEAD_NORMS,
         **WINDOW,
         ln1_post="post_self_attn_layernorm",
         ln2_post="post_mlp_layernorm",
+    ),
+    "afmoe": SHARED.but(
+        **PER_HEAD_NORMS,
+        **WINDOW,
+        **BOTH_POST,
+        **GATED,
+        router="mlp.router",
+        router_bias="mlp.expert_bias",
+        router_batched=True,
+        rotary_if="self_attn.is_local_attention",
+        embed_scale=Choice("mup_enabled", {True: "sqrt(width)", False: None}),
+    ),
+    "laguna": SHARED.but(
+        **PER_HEAD_NORMS,
+        **WINDOW,
+        rotary="partial",
+        routed_scale="mlp.routed_scaling_factor",
+        attn_gate="self_attn.g_proj",
+        attn_gate_act="softplus",
+    ),
+    "beam": MIXTRAL.but(
+        **PER_HEAD_NORMS,
+        **WINDOW,
+        **GATED,
+        ln1_post="post_attention_layernorm",
+        ln2="pre_feedforward_layernorm",
+        ln2_post="post_feedforward_layernorm",
+        attn_gate_bias="self_attn.gate_bias",
+        rotary_if="self_attn.sliding_window",
+        temperature="given",
+        depth_scaled=("attn_residual_add_idx", "mlp_residual_add_idx"),
+        routed_scale="mlp.routed_scaling_factor",
+        logit_softcap="config.final_logit_softcapping",
+    ),
+    "mimo_v2_flash": MIXTRAL.but(
+        **WINDOW,
+        rotary="partial",
+        value_scale="self_attn.v_scale",
+        sinks="self_attn.sinks",
+    ),
+    "hunyuan_v1_moe": SHARED.but(
+        q_norm="self_attn.query_layernorm",
+        k_norm="self_attn.key_layernorm",
+        qk_late=True,
+        shared="mlp.shared_mlp",
+    ),
+    "llama4_text": LLAMA.but(
+        q_norm="self_attn.qk_norm",
+        k_norm="self_attn.qk_norm",
+        qk_late=True,
+        rotary="complex",
+        rotary_if="self_attn.use_rope",
+        temperature="tuned",
+        mlp="feed_forward",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        down="feed_forward.down_proj",
+        act="feed_forward.activation_fn",
+        router="feed_forward.router",
+        experts="feed_forward.experts",
+        shared="feed_forward.shared_expert",
+        weighted_input=True,
+        router_scores=True,
+    ),
+    "dbrx": LLAMA.but(
+        base="transformer",
+        blocks="transformer.blocks",
+        embed="transformer.wte",
+        ln_final="transformer.norm_f",
+        norm="LN",
+        ln1="norm_attn_norm.norm_1",
+        ln2="norm_attn_norm.norm_2",
+        attn="norm_attn_norm.attn",
+        q=None,
+        k=None,
+        v=None,
+        qkv="norm_attn_norm.attn.Wqkv",
+        o="norm_attn_norm.attn.out_proj",
+        d_head="norm_attn_norm.attn.head_dim",
+        scale="norm_attn_norm.attn.scaling",
+        clip="norm_attn_norm.attn.clip_qkv",
+        mlp="ffn",
+        router="ffn.router",
+        experts="ffn.experts",
+        top_k="ffn.top_k",
+        picks="ffn.route_tokens_to_experts",
     ),
     "gpt_oss": LLAMA.but(
         norm_late_cast=True,

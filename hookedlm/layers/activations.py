@@ -78,3 +78,14 @@ ACTIVATION_FN_DICT = {**ACTIVATIONS, "xielu": xielu}
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation of that name, for one layer."""
     return XIELU() if name == "xielu" else ACTIVATIONS[name]
+
+
+class ScaledInput(nn.Module):
+    """An activation function of its input times a constant."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor], factor: float):
+        super().__init__()
+        self.act, self.factor = act, factor
+
+    def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        return self.act(x * self.factor)

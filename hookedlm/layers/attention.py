@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hookedlm.axes import KEY, PER_HEAD, QUERY, SCORES, split_axes
+from hookedlm.axes import KEY, PER_HEAD, QUERY, SCORES, VALUE, Z
 from hookedlm.hooks import HookPoint
 from hookedlm.layers import attention_math as math
 from hookedlm.layers.context import Context
@@ -27,8 +27,8 @@ class AttentionTensors:
     """The weights of one attention layer, as views of whatever holds them."""
 
     W_Q: Float[Tensor, "head d_model d_head"]
-    W_K: Float[Tensor, "kv_head d_model d_head"]
-    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_K: Float[Tensor, "kv_head d_model d_head"] | None
+    W_V: Float[Tensor, "kv_head d_model d_head"] | None
     W_O: Float[Tensor, "head d_head d_model"]
     b_Q: Float[Tensor, "head d_head"] | None = None
     b_K: Float[Tensor, "kv_head d_head"] | None = None
@@ -52,6 +52,9 @@ class Attention(Weights):
         rotate: Rotate | None = None,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        v_norm: nn.Module | None = None,
+        z_norm: nn.Module | None = None,
+        gate: nn.Module | None = None,
     ):
         super().__init__()
         self.spec = spec
@@ -59,29 +62,41 @@ class Attention(Weights):
         self.fused = tensors.fused
         self._always_longhand = spec.longhand
         self.ungrouped = False
-        d_model = tensors.W_Q.shape[1]
+        _, d_value, d_model = tensors.W_O.shape
         for name in ("W_Q", "W_K", "W_V", "W_O"):
             self.put(name, vars(tensors)[name], None, "")
         self.put("b_Q", tensors.b_Q, (spec.n_heads, spec.d_head), "W_Q")
-        self.put("b_K", tensors.b_K, (spec.n_kv_heads, spec.d_head), "W_K")
-        self.put("b_V", tensors.b_V, (spec.n_kv_heads, tensors.W_V.shape[2]), "W_V")
+        keys = values = None  # of an earlier layer, if this one has no matrices for them
+        if tensors.W_K is not None:
+            keys, values = (spec.n_kv_heads, tensors.W_K.shape[2]), (spec.n_kv_heads, d_value)
+        self.put("b_K", tensors.b_K, keys, "W_K")
+        self.put("b_V", tensors.b_V, values, "W_V")
         self.put("b_O", tensors.b_O, (d_model,), "W_O")
         self.put("sinks", tensors.sinks, None, "")
         if q_norm is not None and k_norm is not None:
             self.q_norm, self.k_norm = q_norm, k_norm
-        self.hook_q, self.hook_k, self.hook_v = HookPoint(QUERY), HookPoint(KEY), HookPoint(KEY)
+        if v_norm is not None:
+            self.v_norm = v_norm
+        value, z = (KEY, QUERY) if d_value == spec.d_head else (VALUE, Z)
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(QUERY), HookPoint(KEY), HookPoint(value)
         if self.rotate is not None:
             self.hook_rot_q, self.hook_rot_k = HookPoint(QUERY), HookPoint(KEY)
         self.hook_attn_scores = HookPoint(SCORES)
         self.hook_pattern = HookPoint(SCORES)
-        self.hook_z = HookPoint(QUERY)
+        self.finishes = z_norm is not None or gate is not None
+        if self.finishes:
+            self.hook_weighted = HookPoint(z)
+            self.z_norm, self.gate = z_norm, gate
+        self.hook_z = HookPoint(z)
         self.hook_result = HookPoint(PER_HEAD, on_demand=True)
 
     def ungroup(self, ungrouped: bool) -> None:
         """Whether hooks see keys and values once for every query head, each to be edited alone."""
         self.ungrouped = ungrouped and self.spec.n_kv_heads < self.spec.n_heads
+        heads = "head" if self.ungrouped else "kv_head"
         for point in self._key_points():
-            point.axes = split_axes(QUERY if self.ungrouped else KEY)
+            assert point.axes is not None
+            point.axes = (*point.axes[:2], heads, *point.axes[3:])
 
     def _key_points(self) -> list[HookPoint]:
         rotated = [] if self.rotate is None else [self.hook_rot_k]
@@ -100,7 +115,12 @@ class Attention(Weights):
         ctx: Context,
     ) -> Float[Tensor, "batch pos d_model"]:
         """What attention adds to the stream (before a post-norm); inputs are normed streams."""
-        q, k, v = self._project_in(x_q, x_k, x_v)
+        return self._attended(*self._project_in(x_q, x_k, x_v), x_q, ctx)
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, x_q: Tensor, ctx: Context
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds, from queries, keys and values ``[batch, pos, head, d_head]``."""
         # A key-value cache keeps what hooks may have edited: one kind of heads, listened to or not.
         if self.ungrouped and (
             ctx.remember is not None or any(point.wanted for point in self._key_points())
@@ -110,12 +130,19 @@ class Attention(Weights):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rotate is not None:
             assert ctx.rotary is not None, "a rotary layer was given no tables"
-            q, k = self.rotate(q, k, ctx.rotary)
-            q = self.hook_rot_q(q.transpose(1, 2)).transpose(1, 2)
-            k = self.hook_rot_k(k.transpose(1, 2)).transpose(1, 2)
+            q, k = (x.transpose(1, 2) for x in self.rotate(q, k, ctx.rotary))
+            if self.spec.late_qk_norm:
+                q, k = self._qk_normed(q, k)
+            q = self.hook_rot_q(q).transpose(1, 2)
+            k = self.hook_rot_k(k).transpose(1, 2)
         if ctx.remember is not None:
             k, v = ctx.remember(k, v)
-        z = self.hook_z(self._attend(q, k, v, ctx))
+        if self.spec.stores_keys is not None and ctx.shared_keys is not None:
+            ctx.shared_keys[self.spec.stores_keys] = k, v
+        z = self._attend(q, k, v, ctx)
+        if self.finishes:
+            z = self._finished(self.hook_weighted(z), x_q)
+        z = self.hook_z(z)
         if self.hook_result.wanted:
             result = self.hook_result(self.result(z))
             b_O = self._parameters["b_O"]
@@ -170,12 +197,26 @@ class Attention(Weights):
             k = self._each_group(k, lambda k: self.k_norm(k.flatten(2)).view(k.shape))
         if spec.clip is not None:
             q, k, v = (x.clamp(min=-spec.clip, max=spec.clip) for x in (q, k, v))
-        if spec.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        elif spec.qk_norm == "module":
+        if not spec.late_qk_norm:
+            q, k = self._qk_normed(q, k)
+        if "v_norm" in self._modules:
+            v = self.v_norm(v)
+        return q, k, v if spec.value_scale == 1.0 else v * spec.value_scale
+
+    def _qk_normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[batch, pos, head, d_head]``, normed each on its own."""
+        if self.spec.qk_norm == "head":
+            return self.q_norm(q), self.k_norm(k)
+        if self.spec.qk_norm == "module":
             q = self.q_norm(q.transpose(1, 2)).transpose(1, 2)
             k = self._each_group(k, lambda k: self.k_norm(k.transpose(1, 2)).transpose(1, 2))
-        return q, k, v
+        return q, k
+
+    def _finished(self, z: Tensor, x: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+        """What stands between the weighted values and ``W_O``."""
+        if self.z_norm is not None:
+            z = self.z_norm(z.flatten(2)).view(z.shape)
+        return z if self.gate is None else z * self.gate(x)
 
     def _each_group(self, k: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         """A norm over all key heads together, when there is a key for every query head: the first
@@ -194,6 +235,7 @@ class Attention(Weights):
         if self.spec.scale_query:
             q, scale = q * scale, 1.0
         if not (self._always_longhand or self.hook_attn_scores.wanted or self.hook_pattern.wanted):
+            q = self._tempered(q, ctx)
             return math.fused(q, k, v, ctx.mask, ctx.bias, scale, self.spec.causal)
         allowed = self.allowed(q.shape[2], k.shape[2], ctx, q.device)
         scores = self.hook_attn_scores(self.scores(q, k, scale, allowed, ctx))
@@ -209,6 +251,9 @@ class Attention(Weights):
             return math.causal_mask(n_query, n_key, device)
         return allowed
 
+    def _tempered(self, q: Tensor, ctx: Context) -> Float[Tensor, "batch head pos d_head"]:
+        return q if ctx.temperature is None else (q * ctx.temperature).to(q.dtype)
+
     def scores(
         self, q: Tensor, k: Tensor, scale: float, allowed: Tensor | None, ctx: Context
     ) -> Float[Tensor, "batch head pos key_pos"]:
@@ -217,6 +262,7 @@ class Attention(Weights):
         if ctx.mask is not None and ctx.mask.dtype != torch.bool:  # may carry a bias (Falcon)
             additive = ctx.mask[..., -q.shape[2] :, : k.shape[2]]
             bias = additive if bias is None else bias + additive
+        q = self._tempered(q, ctx)
         scores = math.attention_scores(q, k, scale, bias, self.spec.softcap)
         return math.masked(scores.to(q.dtype), allowed)
 
@@ -227,6 +273,10 @@ class Attention(Weights):
     ) -> Float[Tensor, "batch pos head d_model"]:
         """Each head's contribution to the stream (before a post-norm); ``b_O`` belongs to none."""
         return torch.einsum("bphe,hed->bphd", z, self.W_O)
+
+    def why_not_bilinear(self) -> str:
+        """Why ``W_Q``, ``W_K`` and ``W_V`` do not read the normed stream; "" if they do."""
+        return ""
 
     @property
     def QK(self):

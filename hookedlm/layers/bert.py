@@ -21,22 +21,12 @@ from hookedlm.hooks import HookPoint
 from hookedlm.layers.block import SAME, AttentionBranch, Parts
 from hookedlm.layers.context import Context
 from hookedlm.layers.embed import Embed, PosEmbed
+from hookedlm.layers.embed import TokenTypeEmbed as TokenTypeEmbed
 from hookedlm.layers.norm import Norm
 from hookedlm.layers.weights import Weights
 from hookedlm.spec import BlockSpec
 
 Stream = Float[Tensor, "batch pos d_model"]
-
-
-class TokenTypeEmbed(Weights):
-    """Which of two sentences a token belongs to: rows of ``W_token_type [2, d_model]``."""
-
-    def __init__(self, W_token_type: Float[Tensor, "type d_model"]):
-        super().__init__()
-        self.put("W_token_type", W_token_type, None, "")
-
-    def forward(self, types: Int[Tensor, "batch pos"]) -> Stream:
-        return F.embedding(types, self.W_token_type)
 
 
 class BertEmbed(nn.Module):

@@ -25,14 +25,20 @@ from hookedlm.axes import PER_HEAD, PER_KV_HEAD, STREAM, split_axes
 from hookedlm.hooks import HookPoint
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.context import Context
+from hookedlm.layers.latent import LatentAttention
 from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm, Same, Times
-from hookedlm.layers.opaque import OpaqueAttention, OpaqueMixer, OpaqueMLP
+from hookedlm.layers.opaque import OpaqueAttention, OpaqueMixer, OpaqueMLP, OpaqueNorm
 from hookedlm.spec import BlockSpec
 
 Stream = Float[Tensor, "batch pos d_model"]
 SAME = Same()
+
+
+def times(factor: float | Float[Tensor, "d_model"]) -> nn.Module:
+    """Multiplication by a constant, or one for each dimension; nothing at all where it is 1."""
+    return Same() if isinstance(factor, float) and factor == 1.0 else Times(factor)
 
 
 @dataclass
@@ -41,11 +47,18 @@ class Parts:
 
     attn: Attention | OpaqueAttention | None = None
     mlp: MLP | GatedMLP | MoE | OpaqueMLP | None = None
-    ln1: Norm | None = None
-    ln2: Norm | None = None
+    ln1: Norm | OpaqueNorm | None = None
+    ln2: Norm | OpaqueNorm | None = None
     ln1_post: Norm | None = None
     ln2_post: Norm | None = None
     mixer: OpaqueMixer | None = None
+    keep: tuple[Tensor | None, Tensor | None] = (None, None)
+    """What multiplies the stream dimension by dimension, where that is more than a number."""
+
+    def kept(self, spec: BlockSpec, branch: int) -> nn.Module:
+        """What the stream passes before a branch (0: attention, 1: MLP) is added to it."""
+        vector = self.keep[branch]
+        return times(spec.keep[branch] if vector is None else vector)
 
 
 class AttentionBranch(nn.Module):
@@ -61,32 +74,38 @@ class AttentionBranch(nn.Module):
                 self.hook_attn_in = HookPoint(PER_HEAD, on_demand=True, shares=True)
                 self._splits += (self.hook_attn_in,)
             self.hook_q_input = HookPoint(PER_HEAD, on_demand=True, shares=True)
-            self.hook_k_input = HookPoint(PER_KV_HEAD, on_demand=True, shares=True)
-            self.hook_v_input = HookPoint(PER_KV_HEAD, on_demand=True, shares=True)
-            self._splits += (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+            self._splits += (self.hook_q_input,)
+            if heads.reuses_keys is None:
+                self.hook_k_input = HookPoint(PER_KV_HEAD, on_demand=True, shares=True)
+                self.hook_v_input = HookPoint(PER_KV_HEAD, on_demand=True, shares=True)
+                self._splits += (self.hook_k_input, self.hook_v_input)
 
     def _build_attention(self, spec: BlockSpec, parts: Parts) -> None:
         assert parts.attn is not None
         self.attn = parts.attn
         self.ln1_post: nn.Module = parts.ln1_post or Same()
-        factor = spec.residual_scale
-        self.attn_scale: nn.Module = Same() if factor == 1.0 else Times(factor)
+        self.attn_scale: nn.Module = times(spec.residual_scale)
         self.hook_attn_out = HookPoint(STREAM, shares=parts.ln1_post is not None)
+        self.attn_keep: nn.Module = parts.kept(spec, 0)
 
     def _build_mlp(self, spec: BlockSpec, parts: Parts) -> None:
         assert parts.mlp is not None
         self.mlp = parts.mlp
         self.ln2_post: nn.Module = parts.ln2_post or Same()
-        factor = spec.residual_scale
-        self.mlp_scale: nn.Module = Same() if factor == 1.0 else Times(factor)
+        factor = spec.mlp_residual_scale
+        self.mlp_scale: nn.Module = times(spec.residual_scale if factor is None else factor)
         self.hook_mlp_out = HookPoint(STREAM, shares=parts.ln2_post is not None)
+        self.mlp_keep: nn.Module = parts.kept(spec, 1)
 
     def ungroup(self, ungrouped: bool) -> None:
         """Whether hooks see one key and one value for every query head."""
-        if isinstance(self.attn, Attention):
-            self.attn.ungroup(ungrouped)
-            axes = split_axes(PER_HEAD if self.attn.ungrouped else PER_KV_HEAD)
-            self.hook_k_input.axes = self.hook_v_input.axes = axes
+        attn = self._modules.get("attn")
+        if isinstance(attn, Attention):
+            attn.ungroup(ungrouped)
+            axes = split_axes(PER_HEAD if attn.ungrouped else PER_KV_HEAD)
+            for point in self._splits:
+                if point in (self._modules.get("hook_k_input"), self._modules.get("hook_v_input")):
+                    point.axes = axes
 
     def _splits_wanted(self) -> bool:
         return any(point.wanted for point in self._splits)
@@ -94,24 +113,29 @@ class AttentionBranch(nn.Module):
     def _attention_of(self, resid: Stream, ctx: Context, norm: nn.Module) -> Stream:
         """What attention adds to a stream that it reads through ``norm``."""
         if self._splits_wanted():
-            q, k, v = self._copies(resid, norm)
+            q, k, v, *stream = self._copies(resid, norm)
         else:
             q = k = v = norm(resid)
-        return self.hook_attn_out(self.attn_scale(self.ln1_post(self.attn(q, k, v, ctx))))
+            stream = []
+        attended = self.attn(q, k, v, ctx, *stream)
+        return self.hook_attn_out(self.attn_scale(self.ln1_post(attended)))
 
     def _copies(self, resid: Stream, norm: nn.Module) -> list[Tensor]:
-        """Normed copies of the stream, one for every head to read, for q, k and v."""
+        """Normed copies of the stream, one for every head to read, for q, k and v; behind them, for
+        latent attention, the stream itself."""
         assert isinstance(self.attn, Attention)  # only uniform attention has split inputs
         spec = self.attn.spec
         per_head = resid.unsqueeze(2).expand(-1, -1, spec.n_heads, -1)
         per_kv_head = resid.unsqueeze(2).expand(-1, -1, self.attn.n_key_heads, -1)
         if spec.n_heads == spec.n_kv_heads:
             per_head = per_kv_head = self.hook_attn_in(per_head)
-        copies = [
-            self.hook_q_input(per_head),
-            self.hook_k_input(per_kv_head),
-            self.hook_v_input(per_kv_head),
-        ]
+        copies = [self.hook_q_input(per_head)]
+        if spec.reuses_keys is None:
+            copies += [self.hook_k_input(per_kv_head), self.hook_v_input(per_kv_head)]
+        else:  # its keys and values are not read from the stream
+            copies += copies * 2
+        if isinstance(self.attn, LatentAttention):
+            copies.append(resid.unsqueeze(2))
         return norm.of_copies(resid, copies) if isinstance(norm, Norm) else copies
 
     def _mlp_of_normed(self, x: Stream) -> Stream:
@@ -130,13 +154,17 @@ class SequentialBlock(AttentionBranch):
         self.hook_mlp_in = HookPoint(STREAM, on_demand=True, shares=True)
         self.ln2: nn.Module = parts.ln2 or Same()
         self._build_mlp(spec, parts)
+        self.post_scale: nn.Module = times(spec.post_scale)
         self.hook_resid_post = HookPoint(STREAM, shares=True)
 
     def forward(self, resid: Stream, ctx: Context) -> Stream:
+        return self.hook_resid_post(self.post_scale(self._behind_mlp(resid, ctx)))
+
+    def _behind_mlp(self, resid: Stream, ctx: Context) -> Stream:
         pre = self.hook_resid_pre(resid)
-        mid = self.hook_resid_mid(pre + self._attention_of(pre, ctx, self.ln1))
+        mid = self.hook_resid_mid(self.attn_keep(pre) + self._attention_of(pre, ctx, self.ln1))
         mlp_out = self._mlp_of_normed(self.ln2(self.hook_mlp_in(mid)))
-        return self.hook_resid_post(mid + mlp_out)
+        return self.mlp_keep(mid) + mlp_out
 
 
 class AttentionOnlyBlock(AttentionBranch):

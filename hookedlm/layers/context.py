@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +19,25 @@ class Context:
     """Prepared once per layer and pass, never changed.
 
     ``mask`` as it was prepared: None (causal, or everything for a single query), boolean (True may
-    be attended to) or additive. ``bias`` is added to the scores (ALiBi). ``rotary`` holds the
+    be attended to) or additive. ``temperature`` multiplies queries by their position. ``bias`` is added to the scores (ALiBi). ``rotary`` holds the
     tables the layer's rotation understands. ``positions`` are position embeddings that queries and
-    keys read apart from the stream (Shortformer). ``kwargs`` are what Hugging Face would call its
-    own block with, by name, for opaque parts.
+    keys read apart from the stream (Shortformer). ``layer_input`` is what the tokens say to this layer alone;
+    through ``shared_keys`` a layer hands keys and values to later ones, through
+    ``handed`` which keys it picked. ``kwargs`` are what Hugging Face would call its
+    own block with, by name, for opaque parts. ``skipped``: this pass goes around the block.
     """
 
     mask: Tensor | None = None
+    temperature: Float[Tensor, "batch 1 pos 1"] | None = None
     bias: Float[Tensor, "batch head pos key_pos"] | None = None
+    layer_input: Float[Tensor, "batch pos d_layer_input"] | None = None
+    shared_keys: MutableMapping[Any, tuple[Tensor, Tensor]] | None = None
+    handed: MutableMapping[str, Tensor] | None = None
     rotary: tuple[Tensor, ...] | None = None
     positions: Float[Tensor, "batch pos d_model"] | None = None
     remember: Remember | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    skipped: bool = False
 
     def allowed(self, n_query: int, n_key: int) -> Bool[Tensor, "batch head pos key_pos"] | None:
         """Which keys each query may attend to, as booleans; None means all of them."""

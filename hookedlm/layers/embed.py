@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -25,6 +27,7 @@ class Embed(Weights):
         ln: Norm | None = None,
     ):
         super().__init__()
+        self.table_scales = False
         self.put("W_E", W_E, None, "")
         self.put("W_proj", W_proj, None, "")
         if isinstance(scale, Tensor):  # rounded to the model's dtype, as Gemma does
@@ -34,20 +37,40 @@ class Embed(Weights):
         self.ln: nn.Module = Same() if ln is None else ln
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        x = F.embedding(tokens, self.W_E)
+        return self.of_rows(F.embedding(tokens, self.W_E))
+
+    def of_rows(self, x: Float[Tensor, "batch pos d_embed"]) -> Float[Tensor, "batch pos d_model"]:
+        """What enters the stream for rows of ``W_E``, or for vectors in their place."""
         W_proj = self._parameters["W_proj"]
         if W_proj is not None:
             x = F.linear(x, W_proj.t())
-        if self.scale is not None:
-            x = x * (self.scale.to(x.dtype) if isinstance(self.scale, Tensor) else self.scale)
-        return self.ln(x)
+        return self.ln(self._scaled(x))
+
+    def words(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_embed"]:
+        """What Hugging Face's table of embeddings gives: rows, scaled if that scales them."""
+        x = F.embedding(tokens, self.W_E)
+        return self._scaled(x) if self.table_scales else x
+
+    def finished(self, x: Float[Tensor, "batch pos d_embed"]) -> Float[Tensor, "batch pos d_model"]:
+        """The stream of embeddings that are scaled already."""
+        W_proj = self._parameters["W_proj"]
+        return self.ln(x if W_proj is None else F.linear(x, W_proj.t()))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return x
+        return x * (self.scale.to(x.dtype) if isinstance(self.scale, Tensor) else self.scale)
 
 
 class PosEmbed(Weights):
-    """Learned position embedding: rows of ``W_pos [n_ctx, d_model]``."""
+    """Position embedding, learned or sinusoidal: rows of ``W_pos [n_ctx, d_model]``.
 
-    def __init__(self, W_pos: Float[Tensor, "n_ctx d_model"]):
+    ``skips_padding``: positions count real tokens only; some families number padding too (BART).
+    """
+
+    def __init__(self, W_pos: Float[Tensor, "n_ctx d_model"], skips_padding: bool = True):
         super().__init__()
+        self.skips_padding = skips_padding
         self.put("W_pos", W_pos, None, "")
 
     def forward(
@@ -59,7 +82,7 @@ class PosEmbed(Weights):
         """What is added to the embedding of ``tokens``, whatever they are, the first of them at
         position ``past_kv_pos_offset``. Positions count what ``attention_mask`` says is real."""
         n = tokens.shape[-1]
-        if attention_mask is None:
+        if attention_mask is None or not self.skips_padding:
             positions = torch.arange(n, device=tokens.device) + past_kv_pos_offset
         else:
             positions = (attention_mask.long().cumsum(-1) - 1)[..., -n:]
@@ -68,6 +91,45 @@ class PosEmbed(Weights):
     def at(self, positions: Int[Tensor, "*batch pos"]) -> Float[Tensor, "*batch pos d_model"]:
         """The rows of these positions; what stands before the first has the first one's."""
         return F.embedding(positions.clamp(min=0), self.W_pos)
+
+    def numbered(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """The rows of positions that count real tokens, or of all from 0 if padding counts too."""
+        if not self.skips_padding:
+            positions = torch.arange(positions.shape[-1], device=positions.device)
+        return self.at(positions)
+
+
+class TokenTypeEmbed(Weights):
+    """Which of two sentences a token belongs to: rows of ``W_token_type [2, d_model]``."""
+
+    def __init__(self, W_token_type: Float[Tensor, "type d_model"]):
+        super().__init__()
+        self.put("W_token_type", W_token_type, None, "")
+
+    def forward(self, types: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return F.embedding(types, self.W_token_type)
+
+
+@dataclass
+class Entrance:
+    """All that makes the stream entering block 0: embeddings, summed, and a norm of the sum."""
+
+    embed: Embed | None
+    pos_embed: PosEmbed | None = None
+    type_embed: TokenTypeEmbed | None = None
+    embed_ln: Norm | None = None
+
+    def __call__(
+        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream, every token of type 0."""
+        assert self.embed is not None
+        stream = self.embed(tokens)
+        if self.type_embed is not None:
+            stream = stream + self.type_embed(torch.zeros_like(tokens))
+        if self.pos_embed is not None:
+            stream = stream + self.pos_embed.numbered(positions)
+        return stream if self.embed_ln is None else self.embed_ln(stream)
 
 
 class Unembed(Weights):
@@ -100,6 +162,11 @@ class Unembed(Weights):
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    @property
+    def scaled(self) -> bool:
+        """Whether anything but the matrix and its bias makes the logits."""
+        return self.scale != self.divisor or self.softcap is not None
 
     @property
     def directions(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -31,7 +31,7 @@ class MLPTensors:
 
 
 class MLP(Weights):
-    """``act(x W_in + b_in) W_out + b_out``; ``ln`` stands behind the activation in SoLU models."""
+    """``act(x W_in + b_in) W_out + b_out``; ``ln`` stands behind the activation (SoLU, BitNet)."""
 
     def __init__(self, spec: MLPSpec, tensors: MLPTensors, act: Activation, ln: Norm | None = None):
         super().__init__()
@@ -62,7 +62,7 @@ class GatedMLP(Weights):
     """``(act(x W_gate) * (x W_in)) W_out`` (arXiv 2002.05202): ``hook_pre`` is the gate branch,
     ``hook_pre_linear`` the other, ``hook_post`` their product."""
 
-    def __init__(self, spec: MLPSpec, tensors: MLPTensors, act: Activation):
+    def __init__(self, spec: MLPSpec, tensors: MLPTensors, act: Activation, ln: Norm | None = None):
         super().__init__()
         assert tensors.W_gate is not None
         self.spec = spec
@@ -76,13 +76,15 @@ class GatedMLP(Weights):
         self.put("b_out", tensors.b_out, (d_model,), "W_out")
         self.hook_pre = HookPoint(NEURONS)
         self.hook_pre_linear = HookPoint(NEURONS)
-        self.hook_post = HookPoint(NEURONS)
+        self.hook_mid = HookPoint(NEURONS) if ln is not None else Same()
+        self.ln: nn.Module = Same() if ln is None else ln
+        self.hook_post = HookPoint(NEURONS, shares=ln is not None)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         p = self._parameters
         pre = self.hook_pre(F.linear(x, p["W_gate"].t(), p["b_gate"]))
         linear = self.hook_pre_linear(F.linear(x, p["W_in"].t(), p["b_in"]))
-        return self.out(self.hook_post(self.act_fn(pre) * linear))
+        return self.out(self.hook_post(self.ln(self.hook_mid(self.act_fn(pre) * linear))))
 
     def out(self, post: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
         """What the neurons write, bias included."""

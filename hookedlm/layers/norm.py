@@ -26,17 +26,19 @@ class Same(nn.Module):
 
 
 class Times(nn.Module):
-    """Multiplication by a constant (residual multipliers)."""
+    """Multiplication by a constant (residual multipliers), or by one for each dimension."""
 
-    def __init__(self, factor: float):
+    def __init__(self, factor: float | Float[Tensor, "d_model"]):
         super().__init__()
+        if isinstance(factor, Tensor):
+            factor = nn.Parameter(factor.detach(), requires_grad=factor.requires_grad)
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
 
     def extra_repr(self) -> str:
-        return str(self.factor)
+        return "one a dimension" if isinstance(self.factor, Tensor) else str(self.factor)
 
 
 class Norm(Weights):
@@ -85,6 +87,8 @@ class Norm(Weights):
 
     def _layer_norm(self, x: Tensor) -> Tensor:
         w, b = self._parameters["w"], self._parameters["b"]
+        if w is not None and self.spec.offset:
+            w = w + self.spec.offset
         if not self.spec.late_cast:
             return F.layer_norm(x, x.shape[-1:], w, b, self.eps)
         return F.layer_norm(x.float(), x.shape[-1:], w, b, self.eps).to(x.dtype)
@@ -155,8 +159,8 @@ class Norm(Weights):
         """
         if not (self.hook_scale.wanted or self.hook_normalized.wanted):
             return [self.fast(copy) for copy in copies]
-        scale, scale_edited = _observed(self.hook_scale, self.scale_of(stream))
-        seen, edited = _observed(self.hook_normalized, self.normalized(stream, scale))
+        scale, scale_edited = observed(self.hook_scale, self.scale_of(stream))
+        seen, edited = observed(self.hook_normalized, self.normalized(stream, scale))
         if edited:
             return [self._after_hook(seen).unsqueeze(2).expand_as(copy) for copy in copies]
         scales = [scale.unsqueeze(2) if scale_edited else self.scale_of(c) for c in copies]
@@ -171,7 +175,7 @@ class Norm(Weights):
         )
 
 
-def _observed(point: HookPoint, x: Tensor) -> tuple[Tensor, bool]:
+def observed(point: HookPoint, x: Tensor) -> tuple[Tensor, bool]:
     """The tensor after a point's hooks, and whether they changed it."""
     if any(not handle.observes for handle in point.bwd_hooks):
         raise NoGradientError(

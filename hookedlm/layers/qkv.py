@@ -68,11 +68,11 @@ class FusedQKV:
 
     def __init__(
         self,
-        order: str,
+        order: str | tuple[int, str],
         weight: Float[Tensor, "all_heads_d_head d_model"],
         bias: Float[Tensor, "all_heads_d_head"] | None,
-        parts: tuple[Tensor, Tensor, Tensor],
-        part_biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+        parts: tuple[Tensor, ...],
+        part_biases: tuple[Tensor | None, ...],
     ):
         self.order = order
         self.weight = Strided.of(weight)
@@ -132,5 +132,11 @@ class FusedQKV:
                 k.unflatten(-1, (n_kv, d_head)),
                 v.unflatten(-1, (n_kv, d_head)),
             )
-        grouped = y.unflatten(-1, (n_kv, n_heads // n_kv + 2, d_head))
-        return grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+        n_chunks, order = (n_kv, "qkv") if isinstance(self.order, str) else self.order
+        chunks = y.unflatten(-1, (n_chunks, -1, d_head))
+        counts = {"q": n_heads // n_chunks, "k": n_kv // n_chunks, "v": n_kv // n_chunks}
+        found, start = {}, 0
+        for part in order:
+            found[part] = chunks[..., start : start + counts[part], :].flatten(2, 3)
+            start += counts[part]
+        return found["q"], found["k"], found["v"]

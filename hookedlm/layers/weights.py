@@ -42,7 +42,14 @@ class Weights(nn.Module):
         modules = self.__dict__.get("_modules", {})
         if name in modules:  # the usual case, without torch's detour
             return modules[name]
-        value = super().__getattr__(name)
+        try:
+            value = super().__getattr__(name)
+        except AttributeError:
+            kinds = (vars(kind) for kind in type(self).__mro__)
+            found = next((own[name] for own in kinds if name in own), None)
+            if isinstance(found, property):
+                return found.fget(self)  # a refusal of its own: torch would say "no attribute"
+            raise
         if value is None and name in self._parameters and name in self._zeros:
             return self._materialise(name)
         return value

@@ -230,7 +230,7 @@ class LayerMaker:
             b_out=None if cfg.gated_mlp else self.weight(self.new(n, d)),
         )
         router = Router(self.weight(self.new(n, d).t()), k)
-        return MoE(MoESpec(n, k, d_mlp=m, act=cfg.act_fn), router, experts, router, experts)
+        return MoE(MoESpec(n, k, d, m, cfg.act_fn), router, experts, router, experts)
 
 
 def _attention_spec(cfg: HookedTransformerConfig, layer: int) -> AttentionSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,10 @@ class ToyPreparer:
 
     module: nn.Module | None = None
     reusable = True
+    reads_tokens = False
     remembers = True
+    own_cache = None
+    accepts: set[str] = set()
 
     def __init__(self, cfg: HookedTransformerConfig):
         self.causal = cfg.attention_dir == "causal"
@@ -82,6 +86,11 @@ class ToyPreparer:
             for kind in set(self.kinds)
         }
         return Prepared([made[kind] for kind in self.kinds])
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise InputError: there is nothing besides tokens that a model of a config takes."""
+        if unknown := sorted(names):
+            raise InputError(f"{', '.join(unknown)}: this model takes tokens only")
 
     def _mask(
         self, window: int | None, padding: Tensor | None, past: int, n_new: int, device: Any
