@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types notebooks docs bench demo-model
+.PHONY: help demo test lint types notebooks docs survey bench demo-model
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -30,9 +30,11 @@ types: $(VENV)/.installed-dev  ## mypy
 notebooks: $(VENV)/.installed-dev  ## execute every notebook, without a network
 	$(BIN)/python scripts/run_notebooks.py
 
-docs: $(VENV)/.installed-dev  ## regenerate docs/families.md and docs/api_coverage.md
-	$(BIN)/python scripts/families_table.py
+docs: $(VENV)/.installed-dev  ## regenerate docs/api_coverage.md
 	$(BIN)/python scripts/api_coverage.py --markdown
+
+survey: $(VENV)/.installed-dev  ## measure every type in transformers and write docs/families.md
+	$(BIN)/python scripts/survey.py
 
 bench: $(VENV)/.installed-dev  ## measure the forward pass beside transformers'
 	$(BIN)/python benchmarks/forward.py

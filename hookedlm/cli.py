@@ -166,8 +166,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     model = _loaded(original)
     print(model.fidelity(), end="\n\n")
     preparer = model.driver.preparer
-    assert isinstance(preparer, HFPreparer)
-    blocks = list(hf.at(original, preparer.row.blocks))
+    if isinstance(preparer, LentLoop):
+        blocks = [hf.at(original, place) for place in preparer.paths]
+    else:
+        assert isinstance(preparer, HFPreparer)
+        blocks = list(hf.at(original, preparer.row.blocks))
     truth = run_truth(original, blocks, original.get_input_embeddings().weight.shape[0])
     tolerance = TOLERANCES.get(truth.logits.dtype, 1e-5)
     print(f"The whole model on a padded batch; allowed: {tolerance:.0e} for each block passed")
@@ -194,8 +197,8 @@ def _errors(model: HookedTransformer, truth: Truth, listening: bool) -> list[tup
             truth.tokens, attention_mask=truth.real.long(), names_filter=streams
         )
     errors = [
-        (name.removesuffix(".hook_resid_post"), compare(cache[name], theirs, truth.real))
-        for name, theirs in zip(streams, truth.outputs, strict=True)
+        (name.removesuffix(".hook_resid_post"), compare(cache[name], shown(block, x), truth.real))
+        for name, block, x in zip(streams, model.blocks, truth.outputs, strict=True)
     ]
     return [*errors, ("logits", compare(logits, truth.logits, truth.real))]
 

@@ -25,8 +25,8 @@ from hookedlm.layers.cross import CrossBranch, CrossContext, PostNormCrossBlock
 from hookedlm.layers.hybrid import MLPBlock
 from hookedlm.layers.latent import SparseLatentAttention
 from hookedlm.layers.mlp import MLP, GatedMLP
-from hookedlm.layers.per_layer import PerLayerInputBlock
 from hookedlm.layers.norm import Norm
+from hookedlm.layers.per_layer import PerLayerInputBlock
 from hookedlm.layers.qkv import from_heads
 
 if TYPE_CHECKING:

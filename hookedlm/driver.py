@@ -158,7 +158,8 @@ class Driver:
             cache=cache,
             **extra,
         )
-        if key is not None:
+        # What a pass hands from layer to layer must not be found by the next one.
+        if key is not None and all(ctx.shared_keys is None for ctx in prepared.contexts):
             prepared = Prepared(prepared.contexts, None)
             self._kept[key] = prepared
             if len(self._kept) > KEPT:

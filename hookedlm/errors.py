@@ -47,6 +47,10 @@ class InputError(HookedLMError, ValueError):
     """An argument of a run that makes no sense for this model."""
 
 
+class UnknownInputError(InputError, TypeError):
+    """A keyword of a run that neither hookedlm nor this model knows."""
+
+
 class TokenizerError(HookedLMError, ValueError):
     """Text was given or asked for, and the tokenizer can't provide it."""
 

@@ -68,7 +68,8 @@ class Generator(PreTrainedModel, GenerationMixin):
 
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """The hooked model knows what it takes, and says so."""
+        known = self.hooked[0].driver.preparer.accepts
+        super()._validate_model_kwargs({n: x for n, x in model_kwargs.items() if n not in known})
 
 
 class GenerationMethods:

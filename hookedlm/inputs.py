@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import Cache
 
 from hookedlm.convert.hf import length_of
-from hookedlm.embeds import EmbedsMethods
 from hookedlm.errors import InputError
 from hookedlm.past_key_values import HookedTransformerKeyValueCache
 
@@ -25,7 +24,7 @@ Side = Literal["left", "right"]
 Input = str | Sequence[str] | Tokens | Int[Tensor, "pos"] | Stream
 
 
-class InputMethods(EmbedsMethods):
+class InputMethods:
     """What the model is given, read and embedded."""
 
     def input_to_embed(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hookedlm.convert.lent import LentLoop
 from hookedlm.errors import InputError
+from hookedlm.hooks import HookPoint
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -30,6 +31,19 @@ def why_no_sum(model: Any) -> str:
     """Why a model's stream is no sum of an embedding and what blocks add; "" if it is one."""
     loop = loop_of(model)
     return "" if loop is None else loop.no_sum
+
+
+def demand_one_stream(model: Any) -> None:
+    """Raise InputError where the stream has other axes in some layers than in others."""
+    points = {n: p for n, p in model.hook_dict.items() if n.endswith("hook_resid_pre")}
+    first = next(iter(points.values()), HookPoint())
+    odd = {name: point for name, point in points.items() if point.axes != first.axes}
+    if odd:
+        name, point = next(iter(odd.items()))
+        raise InputError(
+            f"the stream of this model is [{point.axes_text}] at {name} and [{first.axes_text}] at "
+            f"{first.name}: layers can't be stacked. Take them from the cache one by one."
+        )
 
 
 class LentMethods:

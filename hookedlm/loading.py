@@ -20,6 +20,7 @@ from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert import hf
 from hookedlm.convert.convert import Conversion, convert
 from hookedlm.convert.describe import config_fields, dtype_of
+from hookedlm.convert.placed import device_of, is_placed
 from hookedlm.convert.text_model import auto_class
 from hookedlm.errors import LoadError
 from hookedlm.families import Row
@@ -116,7 +117,8 @@ def load_layers(
             sizes = (n_ctx, first_n_layers)
             return _from_classic(classic, tokenizer, to_dtype(dtype), device, *sizes, checkpoint)
         hf_model = _from_files(path, local, name, to_dtype(dtype), revision, first_n_layers, kwargs)
-        device = default_device() if device is None else device
+        if device is None and not is_placed(hf_model):
+            device = default_device()
     elif first_n_layers is not None or kwargs:
         extra = ", ".join(["first_n_layers"] * (first_n_layers is not None) + list(kwargs))
         raise LoadError(f"{extra}: only used when a checkpoint is read, not with a module")
@@ -126,7 +128,7 @@ def load_layers(
             path, local = (_name_of(hf_model), True) if model is hf_model else resolve(name)
         tokenizer = load_tokenizer(path, local, revision)
     fields = config_fields(conversion, name.rstrip("/").split("/")[-1])
-    fields |= {"dtype": dtype_of(hf_model), "device": str(next(hf_model.parameters()).device)}
+    fields |= {"dtype": dtype_of(hf_model), "device": str(device_of(hf_model))}
     if n_ctx is not None:
         fields["n_ctx"] = n_ctx
         _shorten_positions(conversion, n_ctx)

@@ -13,6 +13,7 @@ from hookedlm.caching import CachingMethods
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.report import Fidelity
 from hookedlm.driver import Driver, Preparer
+from hookedlm.embeds import EmbedsMethods
 from hookedlm.errors import InputError
 from hookedlm.generation import GenerationMethods
 from hookedlm.hooks import HookPoint
@@ -53,6 +54,7 @@ class HookedTransformer(
     GenerationMethods,
     SampleMethods,
     InputMethods,
+    EmbedsMethods,
     LentMethods,
     TokenMethods,
     WeightMethods,
@@ -158,6 +160,8 @@ class HookedTransformer(
         loop = loop_of(self)
         if loop is not None:
             self._check_lent(start_at_layer, shortformer_pos_embed)
+        if start and (why := vars(self.driver.preparer).get("no_start")):
+            raise InputError(f"start_at_layer={start_at_layer}: only 0 will do here, as {why}")
         if inputs_embeds is not None:
             tokens, mask = self._read_embeds(
                 inputs_embeds, input, tokens, attention_mask, start_at_layer

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hookedlm.convert.placed import device_of, is_placed
+from hookedlm.errors import InputError
 from hookedlm.layers.attention import Attention
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class PlacingMethods(nn.Module):
     @property
     def device(self: HookedTransformer) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device
+        return device_of(self)
 
     @property
     def dtype(self: HookedTransformer) -> torch.dtype:
@@ -73,6 +75,11 @@ class PlacingMethods(nn.Module):
     def _apply(
         self: HookedTransformer, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> Any:
+        if any(map(is_placed, (self, *self._outside_modules()))):
+            raise InputError(
+                "accelerate placed this model's weights (device_map): load it again to have them "
+                "elsewhere or in another dtype"
+            )
         move = StorageMap(fn)
         for module in self._outside_modules():
             module._apply(move)

@@ -47,7 +47,7 @@ SMALL: dict[str, int] = {
     **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "index_n_heads"), 2),
-    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("sliding_window", "index_topk", "linear_num_value_heads"), 4),
     "mamba_d_ssm": 64,
     "index_head_dim": 16,
@@ -72,29 +72,53 @@ GEMMA4: dict[str, Any] = {
 }
 LAYER_INPUTS = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
 
+LIKE_BERT = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
+    "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+    "xlm-roberta", "xlm-roberta-xl",
+)  # fmt: skip
+
+LINEAR = ["linear_attention", "full_attention"] * 2
+QWEN4: dict[str, Any] = {
+    "layer_types": LINEAR, "hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 2,
+    "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
+    "indexer_compress_ratio": 2, "ple_layer_ids": [1, 3], "ngram_vocab_size_base": 50,
+    "heads_per_ngram": 2, "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+ZAMBA: dict[str, Any] = {
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    "num_key_value_heads": 4, "attention_hidden_size": 64, "attention_head_dim": 16,
+}  # fmt: skip
+
 NEEDED: dict[str, dict[str, Any]] = {
+    **{kind: {"is_decoder": True} for kind in LIKE_BERT},
     **{kind: {"num_key_value_heads": 4, "num_experts_per_tok": 2} for kind in LATENT},
-    "hunyuan_v1_dense": {"head_dim": 8, "num_key_value_heads": 2},
-    "hunyuan_v1_moe": {"head_dim": 8, "num_key_value_heads": 2},
-    "ministral": {"head_dim": 8, "num_key_value_heads": 2},
-    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 4},
-    "gemma4_text": GEMMA4 | LAYER_INPUTS,
-    "gemma4_unified_text": GEMMA4,
-    "gemma4": {"text_config": GEMMA4 | LAYER_INPUTS},
-    "gemma4_unified": {"text_config": GEMMA4},
+    **{
+        kind: {"layer_types": LINEAR}
+        for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "minimax")
+    },
+    **{kind: {"text_config": {"layer_types": LINEAR}} for kind in ("qwen3_5", "qwen3_5_moe")},
+    **{
+        kind: {"layer_types": ["conv", "full_attention"] * 2}
+        for kind in ("lfm2", "lfm2_moe", "lfm3")
+    },
+    "bailing_hybrid": {
+        "num_key_value_heads": 4, "num_experts_per_tok": 2, "layer_types": LINEAR,
+    },
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+        "encoder_hash_byte_group_vocab": 50,
+        "local_attention_window_len": 6,
+        "use_cache": False,  # transformers finds no number of layers for one
+        "patch_size": 4,
+    },
+    "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {
         "layer_types": MIXED,
         "rope_parameters": {"sliding_attention": ROPE, "full_attention": None},
-    },
-    "codegen": {"rotary_dim": 4},
-    "gptj": {"rotary_dim": 4},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
-    "zaya": {"num_experts_per_tok": 1},
-    "reformer": {
-        "is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16],
-        "attn_layers": ["local", "lsh"], "num_buckets": 4,
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
@@ -102,6 +126,52 @@ NEEDED: dict[str, dict[str, Any]] = {
             "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32,
         },
     },
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+        "num_key_value_heads": 4,
+    },
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "intermediate_size": [48] * 4,
+        **LAYER_INPUTS,
+    },
+    "gemma4": {"text_config": GEMMA4 | LAYER_INPUTS},
+    "gemma4_text": GEMMA4 | LAYER_INPUTS,
+    "gemma4_unified": {"text_config": GEMMA4},
+    "gemma4_unified_text": GEMMA4,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 4},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": LINEAR, "shared_intermediate_size": 48},
+    "hunyuan_v1_dense": {"head_dim": 8, "num_key_value_heads": 2},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_key_value_heads": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {
+        "num_key_value_heads": 4, "num_experts_per_tok": 2, "layer_types": LINEAR,
+        "linear_num_heads": 4, "linear_head_dim": 8,
+    },
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "ministral": {"head_dim": 8, "num_key_value_heads": 2},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "reformer": {
+        "is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16],
+        "attn_layers": ["local", "lsh"] * 2, "num_buckets": 4, "attention_head_size": 8,
+        "local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64, "feed_forward_size": 48,
+        "hash_seed": 0,
+    },
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"], "is_decoder": True},
+    "zamba": ZAMBA | {"n_mamba_heads": 2, "mamba_dt_rank": 4},
+    "zamba2": ZAMBA | {
+        "num_mem_blocks": 2, "n_mamba_heads": 4, "adapter_rank": 4, "chunk_size": 8,
+        "use_shared_attention_adapter": True,
+    },
+    "xlstm": {"use_cache": False},
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
 NOT_BUILT: dict[str, str] = {
@@ -119,7 +189,8 @@ FLIPPED = (
     "scale_attn_by_inverse_layer_idx", "do_layer_norm_before", "parallel_attn",
     "use_parallel_residual", "multi_query", "new_decoder_architecture", "alibi", "qk_layernorm",
     "use_qk_norm", "mup_enabled", "scale_embedding", "use_sliding_window", "attention_k_eq_v",
-    "attn_temperature_tuning", "enable_moe_fp32_combine", "apply_residual_connection_post_layernorm",
+    "attn_temperature_tuning", "enable_moe_fp32_combine",
+    "apply_residual_connection_post_layernorm",
 )  # fmt: skip
 """Options that the second configuration of a type turns over."""
 
@@ -162,7 +233,7 @@ def sizes_of(kind: str) -> dict[str, Any]:
     """Every size in `SMALL` that this type's configuration has and gives a value."""
     try:
         sizes = small(default_of(kind))
-    except (TypeError, ValueError, KeyError, AttributeError):  # no default: name the usual ones
+    except Exception:  # no default of its own, in one way or another: name the usual ones
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
         sizes = {name: SMALL[name] for name in names}
     return merged(sizes, NEEDED.get(kind, {}))
@@ -195,7 +266,10 @@ def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def variants_of(kind: str) -> dict[str, dict[str, Any]]:
     """Other configurations: options turned over, and sizes, multipliers and rope changed."""
-    own = default_of(kind).to_dict()
+    try:
+        own = default_of(kind).to_dict()
+    except Exception:  # it must be told something
+        return {}
     flipped = {key: not own[key] for key in FLIPPED if isinstance(own.get(key), bool)}
     changed = {key: value for key, value in CHANGED.items() if key in own}
     if kind in LATENT:

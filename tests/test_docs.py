@@ -84,11 +84,15 @@ def models():
     for tiny in tinies(*FAMILIES):
         if tiny.variant in ("base", tinies(tiny.model_type)[0].variant):
             yield hookedlm.load(tiny.build())
-    yield hookedlm.load(registered(["deepseek_v3"])[-1].build())
+    for kind in ("deepseek_v3", "gemma4_text", "afmoe", "bitnet"):
+        yield hookedlm.load(registered([kind])[-1].build())
     with quiet_transformers():
         sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
         mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
         yield hookedlm.load(mamba.eval())
+        sizes |= dict(intermediate_size=24, num_attention_heads=4, num_key_value_heads=2)
+        hybrid = AutoConfig.for_model("lfm2", layer_types=["conv", "full_attention"], **sizes)
+        yield hookedlm.load(AutoModelForCausalLM.from_config(hybrid).eval())
     for options in TOYS:
         sizes = dict(n_layers=2, d_model=8, n_ctx=8, d_head=4, d_vocab=10)
         yield HookedTransformer(HookedTransformerConfig(**sizes, **options))

@@ -568,3 +568,30 @@ def test_a_norm_that_a_selector_reads_is_not_folded():
     _, hooked = fresh(SPARSE[2])
     skipped = fold_ln(hooked).skipped
     assert [reason.partition(":")[0] for reason in skipped] == ["blocks.0.ln1", "blocks.2.ln1"]
+
+
+GATED_NORMS = tiny(
+    "axk2", "base", index_n_heads=2, index_head_dim=16, index_topk=3,
+    mlp_layer_types=["dense", "sparse", "sparse"],
+)  # fmt: skip
+
+
+@torch.no_grad()
+def test_norms_of_unknown_make_leave_the_rest_of_the_block_uniform():
+    model = hookedlm.load(theirs(GATED_NORMS))
+    forms = {part.where: part.form for part in model.conversion.parts}
+    assert forms["blocks.0"] == "opaque attention and ln1 in uniform block"
+    assert forms["blocks.2"] == "opaque attention and ln1 and ln2 in uniform block"
+    expected = hf_truth.logits_of(theirs(GATED_NORMS), TOKENS, MASK)
+    got, cache = model.run_with_cache(TOKENS, attention_mask=MASK)
+    assert torch.equal(got[MASK.bool()], expected[MASK.bool()])
+    normed = observed(theirs(GATED_NORMS), "model.layers.2.post_attention_layernorm", TOKENS)
+    _, cache = model.run_with_cache(TOKENS)
+    assert torch.equal(cache["blocks.2.ln2.hook_normalized"], normed)
+    assert error(cache["attn_out", 2] + cache["resid_pre", 2], cache["resid_mid", 2]) <= 1e-6
+    for name in ("blocks.2.ln1.hook_normalized", "blocks.2.ln2.hook_normalized"):
+        place = f"model.layers.2.{'input' if 'ln1' in name else 'post_attention'}_layernorm"
+        edit = model.run_with_hooks(TOKENS, fwd_hooks=[(name, noisy)])
+        assert torch.equal(edit, edited(theirs(GATED_NORMS), place, noisy))
+    with pytest.raises(InputError, match="runs as Hugging Face wrote it"):
+        cache.decompose_resid(2, mlp_input=True, apply_ln=True)

@@ -7,12 +7,12 @@ import inspect
 
 import pytest
 import torch
+from conftest import hf, hooked
 from tiny import VOCAB, perturb, quiet_transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import hookedlm
-from conftest import hf, hooked
 from hookedlm import HookedTransformer
 from hookedlm.convert.text_model import readable
 from hookedlm.errors import InputError, LoadError
@@ -76,7 +76,8 @@ KINDS: dict[str, dict] = {
         | {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default"}},
         "vision_config": SIGHT
         | {"num_global_layers": 1, "attention_heads": 4, "vision_output_dim": 64}
-        | {"intermediate_layers_indices": [0], "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
+        | {"intermediate_layers_indices": [0], "max_num_tiles": 1}
+        | {"supported_aspect_ratios": [[1, 1]]},
     },
     "fuyu": {
         "text_config": TEXT | {"model_type": "persimmon", "num_key_value_heads": 4},
@@ -205,7 +206,8 @@ def test_gradients_reach_the_embeddings():
     ours, x = hooked("gpt2-base"), text()
     rows = hf("gpt2-base").get_input_embeddings()(x).detach().requires_grad_()
     ours(inputs_embeds=rows)[0, -1].sum().backward()
-    assert rows.grad is not None and float(rows.grad[0].abs().min(-1).values.min()) > 0
+    assert rows.grad is not None
+    assert float(rows.grad[0].abs().min()) > 0
     assert not rows.grad[1].any()
 
 

@@ -359,6 +359,17 @@ def test_a_kernel_that_computes_something_else_is_not_replaced():
     assert NAME not in vars(theirs.body.stack[0].attention)
 
 
+def test_attention_that_asks_for_its_kernels_name_is_left_alone():
+    """MiniMax-M3 selects blocks of keys by a mask, but only for kernels that it knows by name."""
+    theirs = theirs_of("minimax_m3_vl_text")
+    ours = hookedlm.load(theirs)
+    assert torch.equal(ours(TOKENS), hf_truth.logits_of(theirs, TOKENS))
+    for layer in range(4):  # every other layer selects
+        shown = f"blocks.{layer}.attn.hook_pattern" in ours.hook_dict
+        assert shown == (layer % 2 == 0)
+    assert "depends on the kernel's name" in ours.fidelity().part("blocks.1").reason
+
+
 def test_points_stand_only_where_the_interface_is_called(monkeypatch):
     """BLOOM's attention asks no interface for its kernel."""
     monkeypatch.setitem(FAMILIES, "bloom", FAMILIES["bloom"].but(o="nowhere"))

@@ -1,4 +1,4 @@
-"""Classes of a user's own, without a config or transformers: matched, corrected, refused in words."""
+"""Classes of a user's own, without config or transformers: matched, corrected, refused in words."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_what_is_missing_is_named():
         def forward(self, tokens):
             return self.out(self.words(tokens))
 
-    with pytest.raises(ConversionError, match=r"Flat has no numbered list of blocks.*row=Row\(blocks="):
+    with pytest.raises(ConversionError, match=r"Flat has no numbered list.*row=Row\(blocks="):
         hookedlm.load(Flat())
 
     class NoLogits(Other):

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import CausalLMOutput
 import hookedlm
 from hookedlm.errors import HookNameError
 from hookedlm.families import FAMILIES
-from hookedlm.families import FAMILIES
 
 VOCAB = 96
 SIZES = {
@@ -55,7 +54,7 @@ TYPES: dict[str, tuple[dict, str]] = {
     ),
     "granitemoe": (
         {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
-        "opaque block",
+        "opaque",
     ),
     "rwkv": ({"attention_hidden_size": 32}, "opaque block"),
     "biogpt": ({}, "opaque block"),
@@ -155,7 +154,7 @@ def test_a_mixer_has_hooks_on_both_ends():
 
 @torch.no_grad()
 def test_opaque_attention_in_a_uniform_block_adds_up(monkeypatch):
-    monkeypatch.delitem(FAMILIES, "deepseek_v3")
+    monkeypatch.delitem(FAMILIES, "deepseek_v3", raising=False)
     sizes, _ = TYPES["deepseek_v3"]
     ours = hookedlm.load(build("deepseek_v3", **sizes))
     _, cache = ours.run_with_cache(tokens())

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Self
 
+from hookedlm.axes import STREAMS, split_axes
 from hookedlm.cache.ledger import stream_before
 from hookedlm.derive import Activations, Deferred
 from hookedlm.errors import CacheKeyError, InputError
@@ -198,7 +199,8 @@ class CacheDictionary:
 
     def _stream(self, name: str, pos: Slice) -> Tensor:
         """One recorded stream ``[batch?, pos?, d_model]``, positions selected."""
-        return pos.apply(self[name], dim=-2)
+        several = self.model.hook_dict[name].axes == split_axes(STREAMS)
+        return pos.apply(self[name], dim=-3 if several else -2)
 
     def _resid(self, end: int, mlp_input: bool, pos: Slice) -> Tensor:
         """The stream entering layer ``end``, its MLP, or the final norm."""

@@ -18,6 +18,7 @@ from hookedlm.layers.bert import BertBlock
 from hookedlm.layers.block import AttentionBranch, PostNormBlock
 from hookedlm.layers.hybrid import NormedStreamBlock
 from hookedlm.layers.norm import Times
+from hookedlm.lent import why_no_sum
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -55,7 +56,15 @@ class Renorm:
 
 
 def ledger(model: HookedTransformer, end: int, mlp_input: bool) -> Iterator[Write | Renorm]:
-    """The steps below layer ``end``, its attention included where ``mlp_input`` reads behind it."""
+    """The steps below layer ``end``, its attention included where ``mlp_input`` reads behind it.
+
+    Raises InputError where the stream is no sum of such steps.
+    """
+    if why := why_no_sum(model):
+        raise InputError(
+            f"the stream of this model is no sum of an embedding and what its blocks add: {why}. "
+            "accumulated_resid() gives it as it is before each block."
+        )
     if is_encoder(model):
         yield Renorm("embed.ln")
     if "embed_ln" in model._modules:

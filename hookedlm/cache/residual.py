@@ -12,6 +12,7 @@ from hookedlm.cache.ledger import Renorm, Write, embeddings, has_mid, ledger, st
 from hookedlm.cache.parts import Labels, Stack
 from hookedlm.errors import InputError
 from hookedlm.layers.block import AttentionBranch
+from hookedlm.lent import demand_one_stream
 from hookedlm.slices import Slice, SliceInput
 
 
@@ -35,6 +36,7 @@ class ResidualMethods(AttributionMethods):
         stream itself, as the logit lens does. Source: nostalgebraist (2020).
         """
         pos, end = Slice(pos_slice), self._layer(layer)
+        demand_one_stream(self.model)
         names: list[tuple[str, str]] = []
         for i in range(end + 1):
             label = "final_post" if i == self.model.cfg.n_layers else f"{i}_pre"

@@ -26,14 +26,13 @@ from hookedlm.layers.block import (
     PostNormBlock,
     SequentialBlock,
 )
+from hookedlm.layers.gate import OutputGate
 from hookedlm.layers.hybrid import HybridBlock, MLPBlock, NormedStreamBlock
 from hookedlm.layers.latent import LatentAttention, SparseLatentAttention
+from hookedlm.layers.linears import LinearsMLP
 from hookedlm.layers.mlp import MLP, GatedMLP
-from hookedlm.layers.gate import OutputGate
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm
-from hookedlm.layers.per_layer import PerLayerInput, PerLayerInputBlock
-from hookedlm.layers.reusing import ReusingAttention
 from hookedlm.layers.opaque import (
     OpaqueAttention,
     OpaqueBlock,
@@ -41,9 +40,20 @@ from hookedlm.layers.opaque import (
     OpaqueMLP,
     OpaqueNorm,
 )
+from hookedlm.layers.per_layer import PerLayerInput, PerLayerInputBlock
+from hookedlm.layers.reusing import ReusingAttention
 from hookedlm.spec import BlockSpec, OpaqueSpec
 
-UniformBlock = SequentialBlock | AttentionOnlyBlock | ParallelBlock | PostNormBlock | MixerBlock
+UniformBlock = (
+    SequentialBlock
+    | AttentionOnlyBlock
+    | ParallelBlock
+    | PostNormBlock
+    | HybridBlock
+    | NormedStreamBlock
+    | MLPBlock
+    | MixerBlock
+)
 Block = UniformBlock | OpaqueBlock
 
 LAYOUTS: dict[str, Any] = {
@@ -68,7 +78,10 @@ def build_block(spec: BlockSpec, parts: Parts) -> UniformBlock:
 
 def build_read_block(reading: BlockReading) -> UniformBlock:
     """The block a reading describes, on Hugging Face's tensors."""
-    norms = {name: _norm(norm) for name, norm in reading.norms.items()}
+    norms: dict[str, Any] = {
+        name: Norm(norm.spec, norm.w, norm.b) for name, norm in reading.norms.items()
+    }
+    norms |= {name: OpaqueNorm(*_opaque(norm)) for name, norm in reading.opaque_norms.items()}
     parts = Parts(
         attn=None if reading.attn is None else build_attention(reading.attn),
         mlp=None if reading.mlp is None else build_mlp(reading.mlp),
@@ -82,12 +95,6 @@ def build_read_block(reading: BlockReading) -> UniformBlock:
         ple = PerLayerInput(reading.ple.W_gate, reading.ple.W_out, reading.ple.act)
         return PerLayerInputBlock(reading.spec, parts, ple, ple_norm)
     return build_block(reading.spec, parts)
-
-
-def _norm(reading: NormReading | OpaqueReading) -> Norm | OpaqueNorm:
-    if isinstance(reading, OpaqueReading):
-        return OpaqueNorm(*_opaque(reading))
-    return Norm(reading.spec, reading.w, reading.b)
 
 
 def build_attention(
@@ -141,6 +148,8 @@ def build_mlp(
 ) -> MLP | GatedMLP | MoE | OpaqueMLP:
     """A dense MLP, a mixture, or the wrapped module."""
     if isinstance(reading, OpaqueReading):
+        if reading.linears is not None:
+            return LinearsMLP(*_opaque(reading), reading.linears)
         return OpaqueMLP(*_opaque(reading))
     if isinstance(reading, MoEReading):
         shared = None if reading.shared is None else _dense(reading.shared)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hookedlm.convert import hf
 from hookedlm.convert.calling import first_argument, logits_of, tokens_name
+from hookedlm.convert.placed import brought, device_of
 from hookedlm.convert.prepare import BlockCall, Call
 from hookedlm.convert.report import Agreement, worse
 from hookedlm.hooks import HookPoint, HookRequest, attached
@@ -82,7 +83,7 @@ def run_truth(
 
     With ``codebooks``, so many rows of tokens make one text. Without padding no mask is given, so that kernels which mask by themselves are seen at work.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
     n = max(LENGTHS)
     tokens = torch.randint(d_vocab, (len(LENGTHS) * codebooks, n), generator=generator)
@@ -105,6 +106,9 @@ def run_truth(
         name = first_argument(module)
         hidden, *rest = args if args else (kwargs[name],)
         kwargs = {n: value for n, value in kwargs.items() if n != name}
+        device = device_of(module) if list(module.parameters()) else hidden.device
+        if device != hidden.device:  # accelerate moves it later, inside of forward
+            hidden, rest, kwargs = (brought(x, device) for x in (hidden, rest, kwargs))
         truth.calls.append(Call(hidden, tuple(rest), kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -142,6 +146,7 @@ def compare(ours: Tensor, theirs: Tensor, real: Bool[Tensor, "batch pos"]) -> Ag
         ours, real = ours[:, -last:], real[:, -last:]
     if ours.shape != theirs.shape:
         return Agreement(float("inf"), False, float("inf"))
+    ours, real = ours.to(theirs.device), real.to(theirs.device)
     fits = real.shape == ours.shape[:-1]
     a, b = (x[real].double() if fits else x.double() for x in (ours, theirs))
     errors = (a - b).abs().amax(-1) / b.abs().max().clamp(min=1e-30)
@@ -184,7 +189,7 @@ def not_prepared(theirs: Context, ours: Context) -> list[str]:
     """
     names = [
         name
-        for name in ("mask", "bias", "rotary")
+        for name in ("mask", "bias", "rotary", "layer_input")
         if not _same(vars(theirs)[name], vars(ours)[name])
     ]
     given = theirs.kwargs.items()

@@ -19,6 +19,7 @@ from hookedlm.convert.config_keys import unread
 from hookedlm.convert.guess import rows_of
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
 from hookedlm.convert.interface import show_heads
+from hookedlm.convert.placed import follow, is_away
 from hookedlm.convert.prepare import BlockCall, Call, CallRecorder, HFPreparer
 from hookedlm.convert.read import (
     AttentionReading,
@@ -36,6 +37,7 @@ from hookedlm.convert.text_model import readable, text_config
 from hookedlm.errors import ConversionError, HookedLMError
 from hookedlm.families import Row
 from hookedlm.layers.bert import BertMLMHead
+from hookedlm.layers.context import Context
 from hookedlm.layers.embed import Embed, Entrance, PosEmbed, TokenTypeEmbed, Unembed
 from hookedlm.layers.norm import Norm
 from hookedlm.layers.opaque import OpaqueBlock, OpaqueNorm
@@ -101,6 +103,8 @@ def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
     config = ConfigReads(text_config(own))
     rows, family = rows_of(own, given)
     row = rows[0]
+    if row.more_blocks:
+        raise NotDrivenError("its blocks stand in several lists")
     d_vocab = hf.rows_of_tokens(own, row.embed)
     numbered: dict[str, int] = {
         "first_position": hf.first_position(hf.find(own, row.pos_embed)),
@@ -142,6 +146,7 @@ def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
         _head(own, row, config),
         int(truth.calls[0].hidden.shape[-1]),
     )
+    follow([conversion.embed, conversion.pos_embed, *blocks, ln_final, unembed])
     _check_logits(conversion, truth, config)
     _check_preparing(conversion, truth)
     if not fidelity.opaque_parts:  # what is wrapped read its options itself
@@ -168,8 +173,9 @@ def _tried(
 def _embedding(
     own: nn.Module, row: Row, config: ConfigReads, truths: list[Truth], fidelity: Fidelity
 ) -> Entrance:
-    if not row.embed:
-        reason = "no table was asked for the tokens"
+    if not row.embed or is_away(hf.at(own, row.embed)):
+        away = "its weights are fetched as it runs"
+        reason = away if row.embed else "no table was asked for the tokens"
         opaque = PartReport("embed", "opaque embedding", Agreement(0.0, True), None, reason)
         fidelity.parts.append(opaque)
         return Entrance(None)
@@ -279,7 +285,7 @@ def form_of(reading: BlockReading) -> str:
             ("attention", reading.attn),
             ("MLP", reading.mlp),
             ("mixer", reading.mixer),
-            *reading.norms.items(),
+            *reading.opaque_norms.items(),
         )
         if isinstance(part, OpaqueReading)
     ]
@@ -289,7 +295,7 @@ def form_of(reading: BlockReading) -> str:
 
 
 def _opaque_reasons(reading: BlockReading) -> list[str]:
-    parts = (reading.attn, reading.mlp, reading.mixer, *reading.norms.values())
+    parts = (reading.attn, reading.mlp, reading.mixer, *reading.opaque_norms.values())
     return [part.spec.reason for part in parts if isinstance(part, OpaqueReading)]
 
 
@@ -378,8 +384,9 @@ def _preparer(
     recorders = [CallRecorder(m, calls, truth.returned, i) for i, m in enumerate(layers)]
     for recorder, layer in zip(recorders, layers, strict=True):
         recorder.show(layer, row.asked)
-    many = nn.Sequential if isinstance(hf.at(own, row.blocks), nn.Sequential) else nn.ModuleList
-    hf.replace_at(own, row.blocks, many(*recorders) if many is nn.Sequential else many(recorders))
+    in_turn = isinstance(hf.at(own, row.blocks), nn.Sequential)
+    stand_ins = nn.Sequential(*recorders) if in_turn else nn.ModuleList(recorders)
+    hf.replace_at(own, row.blocks, stand_ins)
     preparer = HFPreparer(hf.at(own, row.base), row, calls, block_calls)
     if "position_ids" not in inspect.signature(own.forward).parameters:
         preparer.accepts.discard("position_ids")  # some bases take what their model does not
@@ -408,11 +415,36 @@ def _check_preparing(conversion: Conversion, truth: Truth) -> None:
                 f"block {layer} is called with {', '.join(missing)}, which other blocks compute "
                 "besides the stream"
             )
+    conversion.preparer.no_start = _why_no_start(conversion, truth, prepared.contexts)
+
+
+@torch.no_grad()
+def _why_no_start(conversion: Conversion, truth: Truth, contexts: list[Context]) -> str:
+    """Why a pass can't start at a later layer: what blocks are told comes from the embedding, and
+    other things come from another stream; "" if it can."""
+    streams = truth.outputs[:1]
+    if conversion.embed is None:
+        streams.append(truth.calls[0].hidden)
+    for stream in streams:
+        try:
+            others = conversion.preparer(
+                tokens=truth.tokens if conversion.row.token_inputs else None,
+                embeds=stream,
+                attention_mask=truth.real.long() if conversion.preparer.masks else None,
+                position_ids=truth.position_ids,
+            ).contexts
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            return f"its loop can't be entered with a stream ({type(error).__name__})"
+        for layer, (here, there) in enumerate(zip(contexts, others, strict=True)):
+            if missing := not_prepared(here, there):
+                return f"block {layer} reads {', '.join(missing)}, which come from the embedding"
+    return ""
 
 
 def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> None:
     """The last stream read out our way; if that is not Hugging Face's way, theirs is kept."""
-    stream, dtype = truth.outputs[-1], truth.logits.dtype
+    # Some heads answer in float32 whatever the model computes in.
+    stream, dtype = truth.outputs[-1], truth.calls[0].hidden.dtype
     own, fidelity = conversion.own, conversion.fidelity
     reason = "the head is no plain matrix"
     if conversion.unembed is not None:

@@ -64,15 +64,16 @@ class HFRouting:
         """The router's own rule, applied to logits."""
         if self.picks is not None:
             return self.picks(logits)
-        router, weights = self._of_logits(logits.shape[-1])
+        router, weights = self._of_logits(logits)
         rows = (logits[None] if self.batched else logits,)
         out = functional_call(router, weights, rows if bias is None else (*rows, bias))
         if self.top_k_of_scores is not None:
             return tuple(out[0].topk(self.top_k_of_scores, dim=-1))
         return out[1], out[2]
 
-    def _of_logits(self, n: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    def _of_logits(self, logits: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
         """The router for inputs that are logits already, and the weights that make it so."""
+        n = logits.shape[-1]
         shared = (*self.router.parameters(), *self.router.buffers())
         router = copy.deepcopy(self.router, {id(x): x for x in shared})
         for module in router.modules():
@@ -82,11 +83,10 @@ class HFRouting:
                 elif name in ONCE:
                     setattr(module, name, 0.0)
         name = matrix_name(router, n)
-        old = router.get_parameter(name)
-        weights = {name: torch.eye(n, dtype=old.dtype, device=old.device)}
+        weights = {name: torch.eye(n, dtype=logits.dtype, device=logits.device)}
         bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
         if bias in dict(router.named_parameters()):
-            weights[bias] = torch.zeros_like(router.get_parameter(bias))
+            weights[bias] = torch.zeros_like(logits[0])
         return router, weights
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 
+from hookedlm.convert.placed import is_away, share_weights
 from hookedlm.families.row import Choice, Fact, Place
 
 
@@ -27,9 +28,10 @@ def at(root: Any, path: str) -> Any:
     """The object at a dotted path ("" is the root); raises MissingPartError naming the path."""
     here = root
     for name in path.split(".") if path else ():
-        if not hasattr(here, name):
-            raise MissingPartError(f"no {path!r} in {type(root).__name__}")
-        here = getattr(here, name)
+        try:
+            here = getattr(here, name)
+        except (AttributeError, RuntimeError) as error:  # a config whose layers differ in it
+            raise MissingPartError(f"no {path!r} in {type(root).__name__}") from error
     return here
 
 
@@ -81,13 +83,15 @@ def is_plain_linear(module: Any) -> bool:
         and isinstance(weight, Tensor)
         and weight.is_floating_point()
         and weight.ndim == 2
+        and not is_away(module)
     )
 
 
 def flat_weight(module: Any) -> Tensor:
     """The matrix of a linear module as ``[out, in]``, a view (Conv1D stores it transposed)."""
     if not is_plain_linear(module):
-        raise MissingPartError(f"{type(module).__name__} holds no plain weight matrix")
+        why = "'s weights are fetched as it runs" if is_away(module) else " holds no plain matrix"
+        raise MissingPartError(f"{type(module).__name__}{why}")
     weight = module.weight
     return weight.t() if isinstance(module, Conv1D) else weight
 
@@ -111,6 +115,7 @@ def skeleton(model: nn.Module) -> Any:
             memo.setdefault(id(parameter), shared)
         for buffer in module.buffers(recurse=False):
             memo.setdefault(id(buffer), buffer)
+    share_weights(model, memo)
     return _at_full_size(copy.deepcopy(model, memo))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from hookedlm.convert.prepare import BlockCall
 from hookedlm.convert.report import Agreement, PartReport, worse
 from hookedlm.hooks import attached
 from hookedlm.layers.context import Context
-from hookedlm.layers.opaque import OpaqueAttention, OpaqueBlock, SharedHeads
+from hookedlm.layers.opaque import OpaqueAttention, OpaqueBlock, SharedHeads, first
 
 NAME = "hookedlm"
 """What our kernel is called in transformers' tables, and where a module of ours keeps its part."""
@@ -150,6 +150,7 @@ def _shown(
     callers, rotated = _callers(part.module, block, call, truths, layer)
     if not callers:
         return None
+    theirs = [_outputs(callers, block, call, truth, layer) for truth in truths]
     with _ours(callers) as names:
         kernels = {m: Listening(names[m], []) for m in dict.fromkeys(callers)}
         heads = [SharedHeads(rotated) for _ in callers]
@@ -157,10 +158,18 @@ def _shown(
             kernels[module].calls.append(points)
         for module, ours in kernels.items():
             vars(module)[NAME] = ours
-        agreement = _compared(list(kernels.values()), block, call, truths, layer)
-    if agreement is None:
+        same = Agreement(0.0, True)
+        for truth, expected in zip(truths, theirs, strict=True):
+            ours_now = _outputs(callers, block, call, truth, layer)
+            for x, y in zip(ours_now, expected, strict=True):
+                same = worse(same, compare(x, y, truth.real))
+        compared = _compared(list(kernels.values()), block, call, truths, layer)
+    if compared is None:
         return "the interface is not called every time"
-    if not within(agreement, truths[0].calls[layer].hidden.dtype):
+    agreement, dtype = compared
+    if not within(same, dtype):
+        return "what it hands to its kernel depends on the kernel's name"
+    if not within(agreement, dtype):
         return f"longhand is {agreement.error:.1e} away"
     for module, ours in kernels.items():
         _name_ours(module)
@@ -188,11 +197,12 @@ def _callers(
         for probe in probes.values():
             probe.keys.clear()
         if callers:
-            block(truth.calls[layer].hidden, _elsewhere(context))
+            with suppress(IndexError, RuntimeError):  # some can't run at these positions
+                block(truth.calls[layer].hidden, _elsewhere(context))
     pairs = [
         (a, b)
         for probe, keys in zip(probes.values(), before, strict=True)
-        for a, b in zip(probe.keys, keys, strict=True)
+        for a, b in zip(probe.keys, keys, strict=False)
     ]
     return callers, any(not torch.equal(a, b) for a, b in pairs)
 
@@ -212,15 +222,29 @@ def _changed(value: Any, change: int) -> Any:
     return type(value)(_changed(x, change) for x in value) if isinstance(value, tuple) else value
 
 
+def _outputs(
+    callers: Sequence[nn.Module], block: nn.Module, call: BlockCall, truth: Truth, layer: int
+) -> list[Tensor]:
+    """What the modules that call the interface return when the block runs."""
+    found: list[Tensor] = []
+    with ExitStack() as stack:
+        for module in dict.fromkeys(callers):
+            handle = module.register_forward_hook(lambda m, args, out: found.append(first(out)))
+            stack.callback(handle.remove)
+        block(truth.calls[layer].hidden, call.context(truth.calls[layer], past=0))
+    return found
+
+
 def _compared(
     kernels: Sequence[Listening],
     block: nn.Module,
     call: BlockCall,
     truths: Sequence[Truth],
     layer: int,
-) -> Agreement | None:
-    """How well longhand agrees with the kernels; None where a point did not fire."""
-    agreement = Agreement(0.0, True)
+) -> tuple[Agreement, torch.dtype] | None:
+    """How well longhand agrees with the kernels, and in which dtype; None where a point did not
+    fire."""
+    agreement, dtype = Agreement(0.0, True), truths[0].calls[layer].hidden.dtype
     points = [
         request for ours in kernels for heads in ours.calls for request in listen_to_all(heads)
     ]
@@ -239,8 +263,9 @@ def _compared(
         for ours in kernels:
             for z, expected in ours.pairs or ():
                 agreement = worse(agreement, compare(z.flatten(2), expected.flatten(2), truth.real))
+                dtype = expected.dtype  # the stream's may be another
             ours.pairs = None
-    return agreement
+    return agreement, dtype
 
 
 @contextmanager

@@ -16,14 +16,22 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
 from hookedlm.convert import hf
 from hookedlm.convert.calling import logits_of, tokens_name
-from hookedlm.convert.prepare import OURS, BlockCall, Call, CallRecorder
+from hookedlm.convert.prepare import (
+    OURS,
+    BlockCall,
+    Call,
+    CallRecorder,
+    forget_lengths,
+    grows,
+    own_cache,
+    rows_of_positions,
+)
 from hookedlm.errors import InputError
 from hookedlm.layers.context import Context
 from hookedlm.layers.lent import LentBlock
@@ -93,7 +101,10 @@ class LentLoop:
         self.order = list(order)
         self.layers_of = [[i for i, n in enumerate(order) if n == k] for k in range(len(paths))]
         self.calls: list[BlockCall] = []
-        self.accepts = set(inspect.signature(own.forward).parameters)
+        parameters = inspect.signature(own.forward).parameters
+        self.accepts = set(parameters)
+        self.own_cache = own_cache(parameters.get("past_key_values"))
+        self.growing = [m for m in own.modules() if grows(m)]
         self.tokens_name = tokens_name(own)
         self.first_position = 0
         self.remembers = "past_key_values" in self.accepts
@@ -129,7 +140,8 @@ class LentLoop:
         embeddings that this model has no use for.
         """
         self._refuse(embeds, cache)
-        past = 0 if cache is None else int(cache.get_seq_length())
+        position_ids = rows_of_positions(position_ids, tokens if embeds is None else embeds)
+        past = 0 if cache is None else hf.length_of(cache)
         if embeds is not None and embed is not None and self.shows_embed:
             embeds = embed(embeds)
         given = {
@@ -145,6 +157,7 @@ class LentLoop:
             kwargs["use_cache"] = cache is not None
         before, this = self.now, Pass(blocks, cache, past, stop, embed if embeds is None else None)
         self.now = this  # a hook may run the model again
+        forget_lengths(self.growing)
         try:
             found = logits_of(self.module(**kwargs))
         except Reached as reached:
@@ -166,17 +179,17 @@ class LentLoop:
                 "times when the model was loaded: its hook points are that many"
             )
         layer = layers[n]
-        if layer == this.stop:
-            raise Reached(call.hidden)
-        ctx = this.contexts[layer] = self._context(layer, call, this)
         block = this.blocks[layer]
+        if layer == this.stop:
+            raise Reached(shown(block, call.hidden))
+        ctx = this.contexts[layer] = self._context(layer, call, this)
         if isinstance(block, LentBlock):
             out = block.whole(call.hidden, ctx)
         else:
             stream = block(call.hidden, ctx)
             out = (stream, *[None] * (slot.returns - 1)) if slot.returns else stream
         if this.stop == len(self.order) == layer + 1:
-            raise Reached(first(out))
+            raise Reached(shown(block, first(out)))
         return out
 
     def _context(self, layer: int, call: Call, this: Pass) -> Context:
@@ -203,6 +216,11 @@ class LentLoop:
                 f"{name} can't be continued from a key-value cache here: {self.no_cache}. Run "
                 "without one (generate: use_past_kv_cache=False)."
             )
+        if cache is not None and self.own_cache and not isinstance(cache, self.own_cache):
+            raise InputError(
+                f"{name} keeps its past in a {self.own_cache.__name__}, not in a "
+                f"{type(cache).__name__}. Pass one of these."
+            )
         if embeds is not None and "inputs_embeds" not in self.accepts:
             raise InputError(f"{name} takes no inputs_embeds: give tokens")
 
@@ -221,6 +239,11 @@ class LentLoop:
             f"{type(self.module).__name__} runs in Hugging Face's own loop, which embeds and calls "
             "the blocks in one go: use forward, with stop_at_layer or hooks"
         )
+
+
+def shown(block: nn.Module, stream: Float[Tensor, "..."]) -> Float[Tensor, "batch ..."]:
+    """A stream of Hugging Face's as the hooks of a block see it."""
+    return block.shown(stream) if isinstance(block, LentBlock) else stream
 
 
 def _remember(cache: Cache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

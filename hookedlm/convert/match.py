@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hookedlm.convert import hf
 from hookedlm.convert.calling import logits_of, tokens_name
+from hookedlm.convert.placed import device_of
 from hookedlm.errors import ConversionError
 from hookedlm.families import Row
 
@@ -75,7 +76,7 @@ class Seen:
 @torch.no_grad()
 def watch(model: nn.Module) -> Seen:
     """One pass over three tokens, every module's call written down."""
-    seen, tokens = Seen(), torch.tensor(TOKENS, device=next(model.parameters()).device)
+    seen, tokens = Seen(), torch.tensor(TOKENS, device=device_of(model))
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -166,7 +167,7 @@ def _norm_facts(norms: list[nn.Module]) -> dict[str, Any]:
     if weight is None:
         return {}
     bias = getattr(norm, "bias", None)
-    x = torch.linspace(-1, 2, weight.numel(), device=weight.device, dtype=torch.float32)[None] * 0.03
+    x = 0.03 * torch.linspace(-1, 2, weight.numel(), device=weight.device)[None].float()
     theirs = norm(x.to(weight.dtype)).float()
     told = hf.find(norm, ("variance_epsilon", "eps", "epsilon", "norm_eps"))
     for eps, offset in product([told] if told else [1e-5, 1e-6, 1e-8, 1e-12], (0.0, 1.0)):
@@ -220,9 +221,11 @@ def _layouts(before: list[str], between: list[str], after: list[str]) -> list[di
 
 
 def _attention_ways(block: nn.Module, attn: str, order: list[str]) -> list[dict[str, Any]]:
-    """Projections in the order in which they run: q, k and v (or all in one), and out of it."""
+    """Projections in the order in which they run: q, k and v (or all in one), and out of it; the
+    last way leaves attention whole."""
     linears = _linears(block, attn, order)
-    heads = {name: None for name in ("q", "k", "v", "qkv", "d_head", "n_heads", "rotary", "scale")}
+    none = ("q", "k", "v", "qkv", "d_head", "n_heads", "rotary", "scale")
+    heads: dict[str, Any] = dict.fromkeys(none)
     for fact, names in (("n_heads", N_HEADS), ("d_head", D_HEAD)):
         places = [f"{attn}.{n}" for n in names] + list(names)
         heads[fact] = next((p for p in places if isinstance(hf.find(block, p), int)), None)
@@ -234,22 +237,25 @@ def _attention_ways(block: nn.Module, attn: str, order: list[str]) -> list[dict[
         case [q, k, v, out]:
             ways = [heads | {"q": q, "k": k, "v": v, "o": out}]
         case _:
-            return [heads | {"o": None}]
-    return [way | {"causal": causal} for way in ways for causal in (True, False)]
+            ways = []
+    uniform = [way | {"causal": causal} for way in ways for causal in (True, False)]
+    return [*uniform, heads | {"o": None}]
 
 
 def _mlp_ways(block: nn.Module, mlp: str, order: list[str]) -> list[dict[str, Any]]:
-    """Linear maps in the order in which they run, and what has no weights: the activation."""
+    """Linear maps in the order in which they run, and what has no weights: the activation; the last
+    way leaves the MLP whole."""
     inside = [n for n in dict.fromkeys(order) if n.startswith(f"{mlp}.")]
     acts = [n for n in inside if _is_activation(hf.at(block, n))]
     parts: dict[str, Any] = {"gate": None, "act": acts[0] if acts else None}
+    opaque, ways = parts | {"up": None, "down": None}, []
     match _linears(block, mlp, order):
         case [up, down]:
-            return [parts | {"up": up, "down": down}, parts | {"gate_up": up, "down": down}]
+            ways = [{"up": up, "down": down}, {"up": None, "gate_up": up, "down": down}]
         case [first, second, down]:
             pairs = ((first, second), (second, first))
-            return [parts | {"gate": gate, "up": up, "down": down} for gate, up in pairs]
-    return [parts | {"up": None, "down": None}]
+            ways = [{"gate": gate, "up": up, "down": down} for gate, up in pairs]
+    return [*(parts | way for way in ways), opaque]
 
 
 def _linears(block: nn.Module, part: str, order: list[str]) -> list[str]:

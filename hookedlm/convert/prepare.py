@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 from hookedlm.convert import hf
 from hookedlm.convert.calling import first_argument, tokens_name
 from hookedlm.convert.temperature import Temperature
-from hookedlm.errors import InputError
+from hookedlm.errors import InputError, UnknownInputError
 from hookedlm.families.row import Row
 from hookedlm.layers.context import Context
 
@@ -187,7 +187,8 @@ OURS = {
 """What a base may take that is given to it here, or that asks for another output."""
 
 
-def _grows(module: nn.Module) -> bool:
+def grows(module: nn.Module) -> bool:
+    """Whether a module's rotary tables follow the longest prompt seen."""
     return "original_inv_freq" in module._buffers and "original_max_seq_len" in vars(module)
 
 
@@ -210,9 +211,11 @@ class HFPreparer:
         self.reusable = not (row.token_inputs or any(block.opaque for block in self.blocks))
         self.remembers = "past_key_values" in self.accepts
         self.own_cache = own_cache(parameters.get("past_key_values"))
+        self.no_start = ""
+        """Why a pass can't start behind block 0; "" if it can."""
         self.first_position = 0
         """The id of the first position, where this family's own numbering starts behind padding."""
-        self.growing = [m for m in base.modules() if _grows(m)]
+        self.growing = [m for m in base.modules() if grows(m)]
 
     def __call__(
         self,
@@ -240,6 +243,7 @@ class HFPreparer:
             )
         self._check_padding(attention_mask)
         past = 0 if cache is None else hf.length_of(cache)
+        position_ids = rows_of_positions(position_ids, tokens if embeds is None else embeds)
         position_ids = self._behind_images(position_ids, past, others)
         told = others or {}
         if self.row.token_inputs and embeds is not None:
@@ -257,7 +261,7 @@ class HFPreparer:
         if "use_cache" in self.accepts:
             kwargs["use_cache"] = cache is not None
         self.calls.clear()
-        self._forget_lengths()
+        forget_lengths(self.growing)
         try:
             self.module(**kwargs)
             if others:
@@ -300,10 +304,10 @@ class HFPreparer:
             )
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise InputError on inputs that the base does not take, naming those it does."""
+        """Raise UnknownInputError on inputs that the base does not take, naming those it does."""
         known = sorted(self.accepts - OURS - {self.tokens_name})
         if unknown := sorted(set(names) - set(known)):
-            raise InputError(
+            raise UnknownInputError(
                 f"{', '.join(unknown)}: {type(self.module).__name__} takes, besides tokens or "
                 f"inputs_embeds, {', '.join(known) or 'nothing'}"
             )
@@ -324,7 +328,7 @@ class HFPreparer:
         if past == 0:
             self.module.rope_deltas = None
             return None if others else position_ids
-        deltas = self.module.rope_deltas
+        deltas = vars(self.module)["rope_deltas"]
         return position_ids if position_ids is None or deltas is None else position_ids + deltas
 
     def _refuse_additions(self, others: Mapping[str, Any]) -> None:
@@ -337,12 +341,21 @@ class HFPreparer:
                     "must enter at block 0, or be written by a block."
                 )
 
-    def _forget_lengths(self) -> None:
-        """Rotary tables that grow with the longest prompt seen start afresh: what a prompt gives
-        must not depend on the prompts before it."""
-        for rotary in self.growing:
-            rotary.inv_freq = rotary.original_inv_freq
-            rotary.max_seq_len_cached = rotary.original_max_seq_len
+
+
+def rows_of_positions(position_ids: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """One row of positions for each row given: some families look rows up by number."""
+    if position_ids is None or given is None or position_ids.shape[0] != 1 != len(given):
+        return position_ids
+    return position_ids.expand(len(given), *position_ids.shape[1:])
+
+
+def forget_lengths(growing: Iterable[Any]) -> None:
+    """Rotary tables that grow with the longest prompt seen start afresh: what a prompt gives must
+    not depend on the prompts before it."""
+    for rotary in growing:
+        rotary.inv_freq = rotary.original_inv_freq
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
 
 
 def own_cache(parameter: inspect.Parameter | None) -> type[Cache] | None:

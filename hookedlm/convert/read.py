@@ -17,10 +17,11 @@ from hookedlm.convert.read_attention import read_attention
 from hookedlm.convert.read_latent import is_latent, read_latent
 from hookedlm.convert.read_mlp import MLPReading as MLPReading
 from hookedlm.convert.read_mlp import MoEReading as MoEReading
-from hookedlm.convert.read_mlp import read_mlp, read_moe
+from hookedlm.convert.read_mlp import read_linears, read_mlp, read_moe
 from hookedlm.convert.read_norm import NormReading as NormReading
 from hookedlm.convert.read_norm import read_norm as read_norm
 from hookedlm.families.row import Row
+from hookedlm.layers.linears import MLPLinears
 from hookedlm.spec import BlockSpec, OpaqueSpec
 
 
@@ -32,6 +33,8 @@ class OpaqueReading:
     module: nn.Module
     arguments: Mapping[str, str] = field(default_factory=dict)
     """Its names of what its block calls otherwise."""
+    linears: MLPLinears | None = None
+    """The parts of an MLP to call, where neurons can be shown although weights can't."""
 
 
 @dataclass
@@ -52,9 +55,10 @@ class BlockReading:
     attn: AttentionReading | OpaqueReading | None = None
     mlp: MLPReading | MoEReading | OpaqueReading | None = None
     mixer: OpaqueReading | None = None
-    norms: dict[str, NormReading | OpaqueReading] = field(default_factory=dict)
+    norms: dict[str, NormReading] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     ple: PerLayerInputReading | None = None
+    opaque_norms: dict[str, OpaqueReading] = field(default_factory=dict)
     keep: tuple[Tensor | None, ...] = (None, None)
     """What multiplies the stream dimension by dimension before each branch is added."""
 
@@ -70,7 +74,7 @@ def read_block(block: nn.Module, row: Row, config: ConfigReads) -> BlockReading:
         seen.take_module(hf.find(block, place))
     layout = hf.resolved(row.layout, block, config)
     notes: list[str] = []
-    norms = {
+    read = {
         name: _norm_or_opaque(name, module, row, config, seen)
         for name in ("ln1", "ln2", "ln1_post", "ln2_post")
         if not isinstance(module := hf.find(block, getattr(row, name)), (nn.Identity, NoneType))
@@ -80,6 +84,8 @@ def read_block(block: nn.Module, row: Row, config: ConfigReads) -> BlockReading:
         missing = isinstance(place, str) and hf.find(block, place) is None
         if missing and layout != "parallel":
             raise MissingPartError(f"no norm at {place!r}")
+    norms = {name: norm for name, norm in read.items() if isinstance(norm, NormReading)}
+    whole = {name: norm for name, norm in read.items() if isinstance(norm, OpaqueReading)}
     shared = layout == "parallel" and "ln2" not in norms and "ln1" in norms
     if shared:
         norms["ln2"] = norms["ln1"]
@@ -90,11 +96,10 @@ def read_block(block: nn.Module, row: Row, config: ConfigReads) -> BlockReading:
     if row.attn is not None:
         attn = _attention_or_opaque(block, row, config, seen)
         notes += attn.notes if isinstance(attn, AttentionReading) else []
-    before, opaque = norms.get("ln1"), norms.values()
-    if isinstance(before, OpaqueReading) and isinstance(attn, AttentionReading):
-        raise MissingPartError(f"every head reads through a norm of its own: {before.spec.reason}")
-    if layout != "sequential" and any(isinstance(norm, OpaqueReading) for norm in opaque):
-        raise MissingPartError("a norm without a uniform form where the stream itself is normed")
+    if "ln1" in whole and isinstance(attn, AttentionReading):
+        raise MissingPartError(f"heads read through {whole['ln1'].spec.reason}")
+    if whole and layout != "sequential":
+        raise MissingPartError("; ".join(norm.spec.reason for norm in whole.values()))
     if row.mlp is not None:
         mlp = _mlp_or_opaque(block, row, config, seen)
     if attn is None and mlp is None and mixer is None:
@@ -104,6 +109,8 @@ def read_block(block: nn.Module, row: Row, config: ConfigReads) -> BlockReading:
     seen.take(*keep)
     if left := seen.left():
         raise MissingPartError(f"parameters nobody accounts for: {', '.join(left[:4])}")
+    specs: dict[str, Any] = {name: norm.spec for name, norm in norms.items()}
+    specs |= {name: norm.spec for name, norm in whole.items()}
     spec = BlockSpec(
         layout=layout,
         attn=None if attn is None else attn.spec,
@@ -114,9 +121,9 @@ def read_block(block: nn.Module, row: Row, config: ConfigReads) -> BlockReading:
         shared_norm=shared,
         post_scale=float(hf.resolved(row.post_scale, block, config) or 1.0),
         per_layer_input=ple is not None,
-        **{name: norm.spec for name, norm in norms.items()},
+        **specs,
     )
-    return BlockReading(spec, attn, mlp, mixer, norms, notes, ple, keep)
+    return BlockReading(spec, attn, mlp, mixer, norms, notes, ple, whole, keep)
 
 
 def _per_layer_input(
@@ -205,7 +212,9 @@ def _mlp_or_opaque(
     try:
         reading = (read_moe if is_moe else read_mlp)(block, row, config, seen)
     except (MissingPartError, RuntimeError, AttributeError, StopIteration) as error:
-        return _opaque(block, row.mlp, "MLP", str(error), seen)
+        whole = _opaque(block, row.mlp, "MLP", str(error), seen)
+        whole.linears = None if is_moe else read_linears(block, row, config)
+        return whole
     if module is not None and (left := seen.left(module)):
         reason = f"parameters without a place in a uniform MLP: {', '.join(left[:4])}"
         return _opaque(block, row.mlp, "MLP", reason, seen)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-
 from transformers.activations import ACT2FN
 
 from hookedlm.convert import hf
@@ -18,9 +17,11 @@ from hookedlm.convert.experts import (
     neurons_of,
 )
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
+from hookedlm.convert.placed import hooks_of
 from hookedlm.convert.read_norm import NormReading, read_norm
 from hookedlm.families.row import Row
 from hookedlm.layers.activations import ScaledInput
+from hookedlm.layers.linears import MLPLinears
 from hookedlm.layers.mlp import MLPTensors
 from hookedlm.spec import MLPSpec, MoESpec
 
@@ -87,6 +88,24 @@ def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
     name = type(act).__name__ if isinstance(act, nn.Module) else act.__name__
     spec = MLPSpec(W_up.shape[0], W_gate is not None, name, None if norm is None else norm.spec)
     return MLPReading(spec, tensors, act, norm)
+
+
+def read_linears(block: nn.Module, row: Row, config: ConfigReads) -> MLPLinears | None:
+    """The parts of an MLP that hold no plain matrix, to be called as they are; None if some is
+    missing, or if nothing stands in the way of its weights."""
+    act, module = _activation(block, row, config), hf.find(block, row.mlp)
+    names = {name: getattr(row, name) for name in ("up", "gate", "down")}
+    found: dict[str, Any] = {name: hf.find(block, place) for name, place in names.items()}
+    found["both"] = hf.find(block, row.gate_up)
+    maps = [part for part in found.values() if isinstance(part, nn.Module)]
+    lacks_gate = row.gate is not None and found["gate"] is None
+    if act is None or found["down"] is None or lacks_gate or found["up"] is found["both"]:
+        return None
+    if all(map(hf.is_plain_linear, maps)) or not set(maps) <= set(module.modules()):
+        return None
+    if any(vars(hook).get("place_submodules") for hook in hooks_of(module)):
+        return None  # their weights come when the whole is called
+    return MLPLinears(act=act, norm=hf.find(block, row.mlp_norm), **found)
 
 
 def _activation(block: nn.Module, row: Row, config: ConfigReads) -> Any:
@@ -157,4 +176,5 @@ def _shared(
     }
     gate = hf.find(block, row.shared_gate)
     seen.take_module(gate)
-    return read_mlp(block, row.but(**moved), config, seen), gate
+    reading = read_mlp(block, row.but(**moved), config, seen)
+    return (reading, gate) if reading.spec.d_mlp else (None, None)

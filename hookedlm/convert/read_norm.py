@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hookedlm.convert import hf
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
+from hookedlm.convert.placed import is_away
 from hookedlm.families.row import Row
 from hookedlm.spec import NormSpec
 
@@ -23,6 +24,8 @@ class NormReading:
 
 def read_norm(module: nn.Module, row: Row, config: ConfigReads, seen: Coverage) -> NormReading:
     """The facts of a norm, from the module itself: eps is read where it is used, never guessed."""
+    if is_away(module):
+        raise MissingPartError(f"{type(module).__name__}'s weights are fetched as it runs")
     w, b = getattr(module, "weight", None), getattr(module, "bias", None)
     seen.take(w, b)
     if isinstance(module, nn.LayerNorm):

@@ -20,12 +20,14 @@ from transformers import (
 )
 
 from hookedlm.convert import hf
+from hookedlm.convert.placed import device_of
 from hookedlm.families import Row
 from hookedlm.families.row import Place
 
 PLACES = (
     "base",
     "blocks",
+    "more_blocks",
     "embed",
     "embed_norm",
     "embed_proj",
@@ -33,6 +35,8 @@ PLACES = (
     "pos_embed",
     "type_embed",
     "ln_final",
+    "head_dense",
+    "head_norm",
     "unembed",
     "unembed_proj",
 )
@@ -59,6 +63,7 @@ def decoder_path(model: nn.Module) -> str | None:
     """Where transformers says the text decoder is, as a path; None if it does not say."""
     if not isinstance(model, PreTrainedModel):
         return None
+    decoder: Any
     try:
         decoder = model.get_decoder()
     except (AttributeError, NotImplementedError):
@@ -103,7 +108,7 @@ def _takes_more(model: nn.Module) -> bool:
 @torch.no_grad()
 def _runs_on_text(model: nn.Module) -> bool:
     """Tried on two tokens: whether an image may be absent is written in no signature."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens = torch.ones((1, 2), dtype=torch.long, device=device)
     try:
         return isinstance(model(input_ids=tokens).logits, torch.Tensor)
@@ -111,7 +116,7 @@ def _runs_on_text(model: nn.Module) -> bool:
         return False
 
 
-def placed(row: Row, model: nn.Module) -> Row:
+def placed(row: Row, model: Any) -> Row:
     """``row`` with its places where the text decoder of ``model`` is: the same row if all are where
     it says, else below the decoder's path. What can't be found at all stays as it was."""
     if all(hf.find(model, place) is not None for place in (row.base, row.blocks, row.embed)):

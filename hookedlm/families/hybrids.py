@@ -89,8 +89,20 @@ MIXER_MLP = {
     "shared": "mixer.shared_experts",
 }
 
+# Every layer a mixer; some run a shared attention block before it, and stay as they were written.
+ZAMBA = LLAMA.but(
+    ln_final="model.final_layernorm",
+    mixer="mamba",
+    attn=None,
+    mlp=None,
+    ln2=None,
+    **KEEPS_PAST,
+)
+
 ROWS = {
     "mamba2": MAMBA,
+    "zamba": ZAMBA,
+    "zamba2": ZAMBA,
     "bamba": BAMBA.but(rotary="partial"),
     "jamba": BAMBA.but(rotary=None),
     "falcon_h1": BAMBA.but(

@@ -157,7 +157,7 @@ class OpaqueMixer(nn.Module):
 
 
 class OpaqueNorm(nn.Module):
-    """A final norm of unknown make: its output is hooked, its scale is not."""
+    """A norm of unknown make: its output is hooked, its scale is not."""
 
     def __init__(self, spec: OpaqueSpec, module: nn.Module):
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.prepare import Prepared
-from hookedlm.errors import InputError
+from hookedlm.errors import InputError, UnknownInputError
 from hookedlm.layers import rotary
 from hookedlm.layers.context import Context
 
@@ -88,9 +88,9 @@ class ToyPreparer:
         return Prepared([made[kind] for kind in self.kinds])
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise InputError: there is nothing besides tokens that a model of a config takes."""
+        """Raise UnknownInputError: there is nothing besides tokens that a model of a config takes."""
         if unknown := sorted(names):
-            raise InputError(f"{', '.join(unknown)}: this model takes tokens only")
+            raise UnknownInputError(f"{', '.join(unknown)}: this model takes tokens only")
 
     def _mask(
         self, window: int | None, padding: Tensor | None, past: int, n_new: int, device: Any
