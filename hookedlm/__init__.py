@@ -7,8 +7,8 @@ from hookedlm.cache import ActivationCache as ActivationCache
 from hookedlm.config import HookedTransformerConfig as HookedTransformerConfig
 from hookedlm.encoder import HookedEncoder as HookedEncoder
 from hookedlm.encoder_decoder import HookedEncoderDecoder as HookedEncoderDecoder
-from hookedlm.families import Row as Row
 from hookedlm.factored_matrix import FactoredMatrix as FactoredMatrix
+from hookedlm.families import Row as Row
 from hookedlm.hooks import HookPoint as HookPoint
 from hookedlm.install import install_as as install_as
 from hookedlm.load import guess_templates as guess_templates

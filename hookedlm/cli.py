@@ -25,6 +25,7 @@ from transformers.utils import logging as hf_logging
 from hookedlm import __version__, plots
 from hookedlm.convert import hf
 from hookedlm.convert.check import TOLERANCES, Truth, compare, listen_to_all, run_truth
+from hookedlm.convert.lent import LentLoop, shown
 from hookedlm.convert.prepare import HFPreparer
 from hookedlm.convert.report import Agreement
 from hookedlm.errors import HookedLMError, InputError, LoadError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -31,7 +32,8 @@ class Preparer(Protocol):
     remembers: bool
     own_cache: type | None
     reads_tokens: bool
-    accepts: set[str]
+    no_start: str
+    accepts: AbstractSet[str]
 
     def check(self, names: Iterable[str]) -> None:
         """Raise InputError on inputs that this model has no use for."""
@@ -149,7 +151,8 @@ class Driver:
             extra["others"] = others
         told = self.preparer.reads_tokens  # some of what is prepared then comes from the stream
         if stream is not None:
-            embeds = stream if told else stream.detach()
+            flows = told or self.preparer.no_start
+            embeds = stream if flows else stream.detach()
         prepared = self.preparer(
             tokens=tokens if embeds is None or told else None,
             embeds=embeds,

@@ -84,6 +84,13 @@ class EmbedsMethods:
         )
         if stream is None:
             assert prepared.stream is not None, "nothing was embedded"
+            if self.embed is not None and prepared.stream.shape[1] != n_new:
+                raise InputError(
+                    f"{', '.join(others)}: {self.cfg.original_architecture} puts these beside the "
+                    f"{n_new} embedded tokens ({prepared.stream.shape[1]} positions in all) behind "
+                    "what positions and norms add, not in place of some. That has no uniform form "
+                    "yet."
+                )
             if self.embed is None:
                 stream = self.hook_embed(prepared.stream)
             else:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hookedlm.convert.prepare import OURS
 from hookedlm.convert import hf
+from hookedlm.convert.prepare import OURS
 from hookedlm.convert.text_model import text_config
 from hookedlm.errors import InputError
 
@@ -65,7 +65,6 @@ class Generator(PreTrainedModel, GenerationMixin):
             **{name: x for name, x in others.items() if name in takes},
         )
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         known = self.hooked[0].driver.preparer.accepts

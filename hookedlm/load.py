@@ -51,8 +51,6 @@ def guess_templates(model: nn.Module) -> Row:
     return convert(model).row
 
 
-
-
 def load_demo(device: str | torch.device | None = None) -> HookedTransformer:
     """The small trained model that ships with the library: indirect objects, capitals, induction.
 

@@ -160,7 +160,7 @@ class HookedTransformer(
         loop = loop_of(self)
         if loop is not None:
             self._check_lent(start_at_layer, shortformer_pos_embed)
-        if start and (why := vars(self.driver.preparer).get("no_start")):
+        if start and (why := self.driver.preparer.no_start):
             raise InputError(f"start_at_layer={start_at_layer}: only 0 will do here, as {why}")
         if inputs_embeds is not None:
             tokens, mask = self._read_embeds(

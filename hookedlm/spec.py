@@ -136,12 +136,13 @@ class BlockSpec:
     """One block. A norm that is None does not exist; an `OpaqueSpec` stands for a wrapped part.
 
     ``layout``: sequential; parallel (attention and MLP read the same stream); post_norm (the stream
-    itself is normalised after each addition); normed_stream (before each branch reads it and adds to
-    it); mixer (one opaque branch). A ``mixer`` stands in attention's place or beside it. ``branches_first``: a
-    parallel block adds its branches to each other before the stream. ``residual_scale`` multiplies
-    what attention and MLP add (the MLP's is ``mlp_residual_scale`` where it differs), ``keep`` the
-    stream that they add it to, ``post_scale`` the stream at the end. ``per_layer_input``: a third
-    branch reads what the token says to this layer. ``shared_norm``: both branches of a parallel block read the same norm.
+    itself is normalised after each addition); normed_stream (before each branch reads it and adds
+    to it); mixer (one opaque branch). A ``mixer`` stands in attention's place or beside it.
+    ``branches_first``: a parallel block adds its branches to each other before the stream.
+    ``residual_scale`` multiplies what attention and MLP add (the MLP's is ``mlp_residual_scale``
+    where it differs), ``keep`` the stream that they add it to, ``post_scale`` the stream at the
+    end. ``per_layer_input``: a third branch reads what the token says to this layer.
+    ``shared_norm``: both branches of a parallel block read the same norm.
     """
 
     layout: Layout = "sequential"

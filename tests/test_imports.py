@@ -48,8 +48,8 @@ FLOORS = {
         1: "names hooks slices root spec config factored_matrix aliases tensors",
         2: "layers families",
         3: "convert",
-        4: "model driver lent toy cache caching derive missing tokens loss weights placing generation "
-        "transforms loading pretrained processing encoder encoder_decoder audio "
+        4: "model driver lent toy cache caching derive missing tokens loss weights placing "
+        "generation transforms loading pretrained processing encoder encoder_decoder audio "
         "sampling data hub inputs embeds samples "
         "state_dicts past_key_values model_configs classic_files checkpoints",
         5: "load patching circuits lenses steering utils prompts head_detector evals train "

@@ -137,7 +137,7 @@ def visits(kind: str) -> list[tuple[int, nn.Module, int]]:
     ]
 
 
-# --- The same numbers ------------------------------------------------------------------------------
+# --- The same numbers -----------------------------------------------------------------------------
 
 
 @each_type
@@ -212,7 +212,7 @@ def test_a_model_that_can_not_be_continued_says_so(prompts):
         ours("blt")(prompts, past_kv_cache=DynamicCache())
 
 
-# --- Hooks -----------------------------------------------------------------------------------------
+# --- Hooks ----------------------------------------------------------------------------------------
 
 
 @each_type
@@ -275,9 +275,11 @@ def test_recorded_tensors_have_their_axes_and_are_hugging_faces(kind: str, promp
     _, cache = model.run_with_cache(prompts)
     for name, x in cache.items():
         axes = model.hook_dict[name].axes
-        assert axes is not None and len(axes) == x.ndim
+        assert axes is not None
+        assert len(axes) == x.ndim
         sizes = dict(zip(axes, x.shape, strict=True))
-        assert sizes["batch"] == 2 and sizes.get("pos", 9) == 9
+        assert sizes["batch"] == 2
+        assert sizes.get("pos", 9) == 9
     for layer, (before, after) in seen.items():
         for point, stream in (("pre", before), ("post", after)):
             recorded = cache[f"blocks.{layer}.hook_resid_{point}"]
@@ -348,7 +350,7 @@ def test_gradients_are_hugging_faces(kind: str, prompts):
     theirs(kind).zero_grad()
 
 
-# --- Parts of a pass -------------------------------------------------------------------------------
+# --- Parts of a pass ------------------------------------------------------------------------------
 
 
 @each_type
@@ -377,10 +379,10 @@ def test_only_what_somebody_listens_to_is_computed(kind: str, prompts):
     with model.hooks(fwd_hooks=watch):
         assert model(prompts, return_type=None) is None
         assert ran == [1]
-    found = model.run_with_cache(
-        prompts, return_type=None, names_filter="blocks.0.hook_resid_post"
-    )
-    assert found[0] is None and list(found[1]) == ["blocks.0.hook_resid_post"]
+    name = "blocks.0.hook_resid_post"
+    nothing, cache = model.run_with_cache(prompts, return_type=None, names_filter=name)
+    assert nothing is None
+    assert list(cache) == [name]
     _, cache = model.run_with_cache(prompts, return_type=None, names_filter="hook_logits")
     assert torch.equal(cache["hook_logits"], model(prompts))
 
@@ -429,7 +431,7 @@ def test_what_a_model_takes_besides_tokens(prompts):
         model(prompts, colours=1)
 
 
-# --- What does not hold here -----------------------------------------------------------------------
+# --- What does not hold here ----------------------------------------------------------------------
 
 
 @each_type
@@ -467,7 +469,48 @@ def test_processing_is_skipped_with_its_reasons(kind: str, prompts):
         assert error(model(prompts), logits_of(theirs(kind), prompts)) <= 1e-4
 
 
-# --- Loops that nobody described -------------------------------------------------------------------
+# --- Blocks of a loop of ours that read the embedding ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zamba() -> PreTrainedModel:
+    """Shared attention that reads the embedding beside the stream (arXiv 2405.16712)."""
+    kinds = ["linear_attention", "hybrid"] * 2
+    own = {"num_hidden_layers": 4, "layers_block_type": kinds, "attention_hidden_size": 64}
+    own |= {"attention_head_dim": 16, "num_key_value_heads": 4, "mamba_dt_rank": 4}
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("zamba", **(SIZES | own | {"mamba_d_state": 8}))
+        model = AutoModelForCausalLM.from_config(config).eval()
+    perturb(model, 0)
+    return model
+
+
+def test_gradients_for_an_embedding_that_blocks_read(zamba, prompts):
+    model, found, seen = hookedlm.load(zamba), [], []
+    with model.hooks(bwd_hooks=[("hook_embed", lambda grad, hook: found.append(grad.clone()))]):
+        model(prompts)[:, -1, 5].sum().backward()
+
+    def keep(_module, args, out):
+        out.retain_grad()
+        seen.append(out)
+
+    handle = zamba.get_input_embeddings().register_forward_hook(keep)
+    zamba(prompts, use_cache=False).logits[:, -1, 5].sum().backward()
+    handle.remove()
+    assert error(sum(found), seen[0].grad) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_pass_over_such_blocks_starts_at_the_embedding(zamba, prompts):
+    model = hookedlm.load(zamba)
+    stream = model(prompts, stop_at_layer=0)
+    assert error(model(stream, start_at_layer=0), logits_of(zamba, prompts)) <= 1e-5
+    with pytest.raises(InputError, match="original_hidden_states, which come from the embedding"):
+        model(model(prompts, stop_at_layer=2), start_at_layer=2)
+
+
+# --- Loops that nobody described ------------------------------------------------------------------
 
 
 class Handing(nn.Module):
@@ -526,9 +569,7 @@ def test_a_loop_that_turns_more_often_than_it_did(prompts):
     loop.module.rounds = 1  # fewer rounds leave hooks silent, which is said where one was asked for
     assert error(model(prompts), given.__class__.forward(loop_with(given, 1), prompts)) <= 1e-5
     with pytest.raises(HookNeverFiredError):
-        model.run_with_hooks(
-            prompts, fwd_hooks=[("blocks.5.hook_resid_pre", lambda x, hook: None)]
-        )
+        model.run_with_hooks(prompts, fwd_hooks=[("blocks.5.hook_resid_pre", lambda x, hook: None)])
 
 
 def loop_with(given: Loop, rounds: int) -> Loop:

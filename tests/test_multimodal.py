@@ -84,6 +84,8 @@ KINDS: dict[str, dict] = {
         "vocab_size": VOCAB,
         "patch_size": 4,
     },
+    "git": {name: size for name, size in TEXT.items() if "key" not in name and "dim" not in name}
+    | {"vision_config": SIGHT},
     "blip-2": {
         "text_config": {
             "model_type": "opt",
@@ -107,7 +109,7 @@ SEEING = ("gemma3", "llava", "paligemma", "qwen2_vl", "qwen2_5_vl", "idefics3")
 
 @functools.cache
 def built(kind: str) -> nn.Module:
-    named = {"image_token_id": IMAGE} if kind not in ("fuyu", "blip-2") else {}
+    named = {"image_token_id": IMAGE} if kind not in ("fuyu", "blip-2", "git") else {}
     auto = AutoModelForImageTextToText
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -318,6 +320,8 @@ def test_what_can_not_be_right_is_refused():
         ours(inputs_embeds=x)
     with pytest.raises(InputError, match="GPT2Model takes"):
         hooked("gpt2-base")(x, pixel_values=torch.zeros(1))
+    with pytest.raises(InputError, match=r"GitForCausalLM puts these beside the 10"):
+        loaded("git")(x, pixel_values=torch.randn(2, 3, 16, 16))
     tokens, inputs = seen("qwen3_vl")
     with pytest.raises(InputError, match="adds to the stream between its blocks"):
         loaded("qwen3_vl")(tokens, **inputs)

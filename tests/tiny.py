@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from sizes import sizes_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
-
-from sizes import sizes_of
 
 VOCAB = 96
 LAYERS = 3

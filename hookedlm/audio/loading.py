@@ -23,7 +23,7 @@ from hookedlm.convert.audio import AudioLayers, convert_audio
 from hookedlm.errors import ConfigError, LoadError
 from hookedlm.families.hubert import AUDIO_ENCODERS
 from hookedlm.loading import default_device, resolve, to_dtype
-from hookedlm.spec import AttentionSpec, MLPSpec
+from hookedlm.spec import AttentionSpec, MLPSpec, NormSpec
 
 UNBOUNDED = 8192
 """``cfg.n_ctx`` where positions come from a convolution, which knows no longest input."""
@@ -115,7 +115,8 @@ def describe_audio(model: Any, layers: AudioLayers, name: str) -> HookedTransfor
     attn, mlp = block.spec.attn, block.spec.mlp
     assert isinstance(attn, AttentionSpec)  # a speech encoder is uniform, or it was refused
     assert isinstance(mlp, MLPSpec)
-    assert block.spec.ln1 is not None
+    ln1 = block.spec.ln1
+    assert isinstance(ln1, NormSpec)
     weight = next(block.parameters())
     act = model.config.hidden_act
     return HookedTransformerConfig(
@@ -129,7 +130,7 @@ def describe_audio(model: Any, layers: AudioLayers, name: str) -> HookedTransfor
         d_mlp=mlp.d_mlp,
         d_vocab=-1 if layers.unembed is None else layers.unembed.W_U.shape[1],
         act_fn=act if isinstance(act, str) else type(act).__name__,
-        eps=block.spec.ln1.eps,
+        eps=ln1.eps,
         normalization_type="LN",
         attention_dir="bidirectional",
         positional_embedding_type="convolution",

@@ -44,8 +44,9 @@ class Write:
     @property
     def inner_norm(self) -> str:
         """The norm this part passes before it is added."""
-        norm = {"attn": "ln1_post", "mixer": "ln1_post", "ple": "ple_norm"}.get(self.kind, "ln2_post")
-        return f"blocks.{self.layer}.{norm}"
+        norm = {"mlp": "ln2_post", "block": "ln2_post", "ple": "ple_norm"}.get(
+            self.kind, "ln1_post"
+        )
 
 
 @dataclass(frozen=True)

@@ -43,13 +43,14 @@ class JoinedBlock(nn.Module):
     def forward(
         self, hidden_states: Stream, attention_mask: Tensor, given_mask: Tensor | None = None
     ) -> Stream:
-        attn_out = self.attn(hidden_states, given_mask)[0]
-        mid = self.ln1(hidden_states + attn_out)
-        return self.ln2(mid + self.mlp(mid))
+        parts: dict[str, Any] = dict(self.named_children())
+        attn_out = parts["attn"](hidden_states, given_mask)[0]
+        mid = parts["ln1"](hidden_states + attn_out)
+        return parts["ln2"](mid + parts["mlp"](mid))
 
 
 class _Runs(nn.Module):
-    """Where attention was: runs the whole block, keeps its stream for `_Yields`, and adds nothing."""
+    """Where attention was: runs the whole block, keeps its stream for `_Yields`, adds nothing."""
 
     def __init__(self, home: nn.Module, layer: int):
         super().__init__()
@@ -92,7 +93,7 @@ def _join_lists(own: Any, row: Row) -> None:
         JoinedBlock({name: parts[layer] for name, parts in lists.items()}) for layer in layers
     )
     runs = [_Runs(base, layer) for layer in layers]
-    stand_ins = {
+    stand_ins: dict[str, list[Any]] = {
         "attn": runs,
         "ln1": [nn.Identity() for _ in layers],
         "mlp": [_Zero() for _ in layers],

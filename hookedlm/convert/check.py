@@ -81,7 +81,8 @@ def run_truth(
 ) -> Truth:
     """One forward pass of Hugging Face's model, every block's call and output written down.
 
-    With ``codebooks``, so many rows of tokens make one text. Without padding no mask is given, so that kernels which mask by themselves are seen at work.
+    With ``codebooks``, so many rows of tokens make one text. Without padding no mask is given, so
+    that kernels which mask by themselves are seen at work.
     """
     device = device_of(model)
     generator = torch.Generator().manual_seed(0)

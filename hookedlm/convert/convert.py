@@ -72,8 +72,8 @@ class Conversion:
 
 
 def convert(model: nn.Module, strict: bool = False, row: Row | None = None) -> Conversion:
-    """Uniform layers on ``model``'s own tensors, each compared with the original. ``row`` says where
-    they are, if the type's own or a guess is not to.
+    """Uniform layers on ``model``'s own tensors, each compared with the original. ``row`` says
+    where they are, if the type's own or a guess is not to.
 
     A model that can't be driven block by block keeps Hugging Face's loop, and its blocks are lent
     to that. Raises ConversionError when that fails too, or when ``strict`` and a part had to be
@@ -106,7 +106,7 @@ def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
     if row.more_blocks:
         raise NotDrivenError("its blocks stand in several lists")
     d_vocab = hf.rows_of_tokens(own, row.embed)
-    numbered: dict[str, int] = {
+    numbered: dict[str, Any] = {
         "first_position": hf.first_position(hf.find(own, row.pos_embed)),
         "codebooks": int(hf.resolved(row.codebooks, own, config) or 1),
     }
@@ -166,7 +166,9 @@ def _tried(
     if len(rows) == 1:
         return rows[0]
     forms = [checked_block(layers[0], row, config, truths, 0)[2].form for row in rows]
-    ranks = [2 * ("opaque block" in form) + form.count(" and ") + ("opaque" in form) for form in forms]
+    ranks = [
+        2 * ("opaque block" in form) + form.count(" and ") + ("opaque" in form) for form in forms
+    ]
     return rows[ranks.index(min(ranks))]
 
 

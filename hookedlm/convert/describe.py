@@ -51,7 +51,8 @@ def config_fields(conversion: Conversion, name: str) -> dict[str, Any]:
     attention = [m["attn"] for m in map(_modules, blocks) if isinstance(m.get("attn"), Attention)]
     everywhere = len(attention) == len(blocks)
     mlps = [m["mlp"] for m in map(_modules, blocks) if m.get("mlp") is not None]
-    fields |= _of_attention(attention, config, everywhere, fields["d_model"]) | _of_mlps(mlps, config)
+    fields |= _of_attention(attention, config, everywhere, fields["d_model"])
+    fields |= _of_mlps(mlps, config)
     fields |= _of_norms(conversion) | _of_positions(conversion, attention, config)
     fields["parallel_attn_mlp"] = "parallel" in {
         p.form.split(", ")[-1] for p in conversion.fidelity.parts
@@ -94,7 +95,8 @@ def _of_attention(
 ) -> dict[str, Any]:
     if not layers:
         heads = int(hf.find(config, ("num_attention_heads",)) or 1)
-        return {"n_heads": heads, "d_head": int(hf.find(config, ("hidden_size",)) or d_model) // heads}
+        width = int(hf.find(config, ("hidden_size",)) or d_model)
+        return {"n_heads": heads, "d_head": width // heads}
     spec = layers[0].spec
     windows = [layer.spec.window for layer in layers]
     return {
@@ -167,7 +169,8 @@ def _of_positions(conversion: Conversion, layers: list[Attention], config: Any) 
         factor = (
             parameters.get("partial_rotary_factor", 1.0) if isinstance(parameters, dict) else 1.0
         )
-        width = hf.find(config, ("rotary_dim", "qk_rope_head_dim")) or int(layers[0].spec.d_head * factor)
+        told = hf.find(config, ("rotary_dim", "qk_rope_head_dim"))
+        width = told or int(layers[0].spec.d_head * factor)
         return {
             "positional_embedding_type": "rotary",
             "rotary_dim": width,

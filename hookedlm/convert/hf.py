@@ -140,8 +140,9 @@ def rows_of_tokens(model: Any, place: str = "") -> int:
     told = find(model, f"{place}.weight" if place else None)
     if isinstance(told, Tensor):
         return int(told.shape[0])
-    table = model.get_input_embeddings()
-    return int((table[0] if isinstance(table, nn.ModuleList) else table).weight.shape[0])
+    table: Any = model.get_input_embeddings()
+    first: Any = next(table.children()) if isinstance(table, nn.ModuleList) else table
+    return int(first.weight.shape[0])
 
 
 def replace_at(root: nn.Module, path: str, new: Any) -> None:

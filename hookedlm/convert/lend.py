@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import nn
 
 from hookedlm.axes import STREAM, STREAMS
 from hookedlm.convert import hf
 from hookedlm.convert.assembled import assemble
 from hookedlm.convert.build import Block
-from hookedlm.convert.check import (
-    Truth,
-    check_block,
-    compare,
-    listen_to_all,
-    run_truth,
-    within,
-)
+from hookedlm.convert.check import Truth, check_block, run_truth, within
+from hookedlm.convert.check_lent import EXACT, check_cache, check_pass, continued
 from hookedlm.convert.convert import (
     Conversion,
     NotDrivenError,
@@ -35,17 +27,15 @@ from hookedlm.convert.hf import ConfigReads
 from hookedlm.convert.interface import show_heads
 from hookedlm.convert.lent import LentLoop, Slot
 from hookedlm.convert.prepare import BlockCall
-from hookedlm.convert.report import Agreement, Fidelity, PartReport, worse
+from hookedlm.convert.report import Fidelity, PartReport, worse
 from hookedlm.convert.text_model import readable, text_config
 from hookedlm.families import Row
-from hookedlm.hooks import HookPoint, attached
+from hookedlm.hooks import HookPoint
 from hookedlm.layers.lent import LentBlock
 from hookedlm.layers.opaque import OpaqueBlock
 from hookedlm.spec import OpaqueSpec
 
 Built = tuple[Block, BlockCall, PartReport]
-
-EXACT = Agreement(0.0, True)
 
 
 @dataclass
@@ -100,7 +90,7 @@ def _lent(model: nn.Module, why: str, given: Row | None, uniform: bool) -> Conve
     fidelity.notes.append(f"Hugging Face's own loop runs the blocks lent to it: {why}")
     loop = LentLoop(own, row, paths, lending.order)
     loop.first_position = start
-    continued = _continued(loop, [], truths[1])  # by Hugging Face's blocks, still in their places
+    known = continued(loop, [], truths[1])  # by Hugging Face's blocks, still in their places
     blocks, loop.calls, parts = _unrolled(lending, uniform)
     for number in set(lending.order):
         block = blocks[loop.layers_of[number][0]]
@@ -108,9 +98,9 @@ def _lent(model: nn.Module, why: str, given: Row | None, uniform: bool) -> Conve
         slot = Slot(modules[number], loop, truths[0].returned, number, opaque)
         slot.show(modules[number], row.asked)
         hf.replace_at(own, paths[number], slot)
-    embed, logits = _checked(loop, blocks, truths)
+    embed, logits = check_pass(loop, blocks, truths)
     fidelity.parts = [embed, *parts, logits]
-    _check_cache(loop, continued, _continued(loop, blocks, truths[1]), fidelity)
+    check_cache(loop, known, continued(loop, blocks, truths[1]), fidelity)
     width = truths[0].calls[0].hidden.shape[-1]
     return Conversion(
         own, row, None, None, blocks, None, None, None, loop, fidelity, width=width
@@ -152,7 +142,7 @@ def _unrolled(
         where = lending.paths[number]
         if order.count(number) > 1:
             where += f", visit {seen[number]} of {order.count(number)}"
-        reason = "; ".join(filter(None, [where.rpartition(".")[0] and _listed(where), part.reason]))
+        reason = "; ".join(filter(None, [_listed(where), part.reason]))
         built.append((block, call, replace(part, where=f"blocks.{layer}", reason=reason)))
     blocks, calls, parts = zip(*built, strict=True)
     return list(blocks), list(calls), list(parts)
@@ -223,104 +213,3 @@ def _axes(lending: Lending, layer: int) -> tuple[str, tuple[int, int] | None]:
     if len(shape) == 3 and shape[0] == here[0]:
         return "batch patch d_model", None
     raise NotDrivenError(f"a block reads {shape}: no shape that a stream is known to have")
-
-
-# Checking -----------------------------------------------------------------------------------------
-
-
-def _checked(
-    loop: LentLoop, blocks: list[Block], truths: Sequence[Truth]
-) -> tuple[PartReport, PartReport]:
-    """Reports of the embedding and the logits; raises NotDrivenError if these differ, or if a hook
-    point does not fire once a pass."""
-    quiet, listening, embeds = EXACT, EXACT, list[list[Tensor]]()
-    for truth in truths:
-        logits, _ = _run(loop, blocks, truth, None)
-        quiet = worse(quiet, compare(logits, truth.logits, truth.real))
-        embeds.append([])
-        with attached(listen_to_all(nn.ModuleList(blocks))) as hooks:
-            logits, _ = _run(loop, blocks, truth, embeds[-1])
-            silent = [hook.point for hook in hooks if hook.fired != 1]
-        listening = worse(listening, compare(logits, truth.logits, truth.real))
-        if silent and not truth.skipped:
-            raise NotDrivenError(f"{len(silent)} hook points do not fire once in every pass")
-    dtype = truths[0].logits.dtype
-    spread = len(blocks)  # longhand rounds otherwise in every block
-    each = Agreement(listening.error / spread, False, listening.typical / spread)
-    if not (within(quiet, dtype) and within(each, dtype, reroutes=True)):
-        error = max(quiet.error, listening.error)
-        raise NotDrivenError(f"in its own loop the logits are {error:.1e} away")
-    shown = [
-        len(seen) == 1 and seen[0].shape[:2] == truth.real.shape
-        for seen, truth in zip(embeds, truths, strict=True)
-    ]
-    loop.shows_embed = all(shown)
-    loop.no_sum = _why_no_sum(truths[0], embeds[0][0] if loop.shows_embed else None)
-    reason = "" if loop.shows_embed else "it is not asked for the tokens once a pass: no hook_embed"
-    embed = PartReport("embed", "opaque embedding", EXACT, None, reason)
-    return embed, PartReport("logits", "opaque head", quiet, listening)
-
-
-def _run(
-    loop: LentLoop, blocks: list[Block], truth: Truth, embeds: list[Tensor] | None
-) -> tuple[Tensor, Any]:
-    def see(x: Tensor) -> Tensor:
-        assert embeds is not None
-        embeds.append(x)
-        return x
-
-    padded = not bool(truth.real.all())
-    return loop.run(
-        blocks,
-        tokens=truth.tokens,
-        attention_mask=truth.real.long() if padded else None,
-        position_ids=truth.position_ids if padded else None,
-        embed=None if embeds is None else see,
-    )
-
-
-def _why_no_sum(truth: Truth, embed: Tensor | None) -> str:
-    """Why the stream is no sum of the embedding and what each block adds; "" if it is."""
-    if embed is None:
-        return "the embedding is not shown"
-    before, name = embed, "the embedding"
-    for layer, call in enumerate(truth.calls):
-        if call.hidden.shape != before.shape or not torch.equal(call.hidden, before):
-            return f"what enters block {layer} is not {name}"
-        before, name = truth.outputs[layer], f"what leaves block {layer}"
-    return ""
-
-
-def _check_cache(
-    loop: LentLoop, theirs: Tensor | str, ours: Tensor | str, fidelity: Fidelity
-) -> None:
-    """Whether the model can be continued from a cache, as Hugging Face's own blocks can."""
-    if isinstance(theirs, str) or isinstance(ours, str):
-        loop.no_cache = theirs if isinstance(theirs, str) else str(ours)
-    else:
-        agreement = compare(ours, theirs, torch.ones_like(ours[..., 0]).bool())
-        if within(agreement, theirs.dtype):
-            return
-        loop.no_cache = f"continued logits are {agreement.error:.1e} away"
-    loop.remembers = False
-    fidelity.notes.append(f"no key-value cache: {loop.no_cache}")
-
-
-def _continued(loop: LentLoop, blocks: list[Block], truth: Truth) -> Tensor | str:
-    """Logits of a text in three pieces with a cache between them, or why there are none."""
-    if not loop.remembers:
-        return loop.no_cache
-    tokens, n = truth.tokens, truth.tokens.shape[1] - 2
-    places = torch.arange(n + 2, device=tokens.device)[None]
-    found = list[Tensor]()
-    try:
-        cache = (
-            loop.own_cache() if loop.own_cache else DynamicCache(config=text_config(loop.module))
-        )
-        for piece in (slice(0, n), slice(n, n + 1), slice(n + 1, n + 2)):
-            ids = places[:, piece]
-            logits, _ = loop.run(blocks, tokens=tokens[:, piece], position_ids=ids, cache=cache)
-            found.append(logits)
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        return f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-    return torch.cat(found, dim=1)

@@ -93,6 +93,7 @@ class LentLoop:
 
     reusable = False
     reads_tokens = False
+    no_start = ""
 
     def __init__(self, own: Any, row: Any, paths: Sequence[str], order: Sequence[int]):
         self.module = own

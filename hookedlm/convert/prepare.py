@@ -60,7 +60,6 @@ class CallRecorder(nn.Module):
         hidden = hidden if self.substitute is None else self.substitute
         return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
 
-
     def show(self, block: nn.Module, places: tuple[str, ...]) -> None:
         """Have these modules of the block, which the loop looks at."""
         for place in places:
@@ -273,7 +272,8 @@ class HFPreparer:
                 else Context(skipped=True)
                 for layer, block in enumerate(self.blocks)
             ]
-            if any(c.skipped and not b.may_skip for c, b in zip(contexts, self.blocks, strict=True)):
+            pairs = zip(contexts, self.blocks, strict=True)
+            if any(ctx.skipped and not block.may_skip for ctx, block in pairs):
                 raise RuntimeError(
                     f"{type(self.module).__name__} called {len(contexts)} of "
                     f"{len(self.blocks)} blocks"
@@ -340,7 +340,6 @@ class HFPreparer:
                     f"block {call.layer}) when it is given {', '.join(others)}. Here everything "
                     "must enter at block 0, or be written by a block."
                 )
-
 
 
 def rows_of_positions(position_ids: Tensor | None, given: Tensor | None) -> Tensor | None:

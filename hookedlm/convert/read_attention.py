@@ -94,10 +94,13 @@ def read_attention(
     if factor != 1.0 and any(b is not None for b in biases):
         raise MissingPartError("a multiplier on attention's input beside biases of its projections")
     gate = read_gate(block, row, n_heads, seen)
-    v_norm, z_norm = (_norm_at(block, place, row, config, seen) for place in (row.v_norm, row.z_norm))
+    v_norm = _norm_at(block, row.v_norm, row, config, seen)
+    z_norm = _norm_at(block, row.z_norm, row, config, seen)
     spec = AttentionSpec(
         n_heads=n_heads,
-        n_kv_heads=n_heads // module.num_key_value_groups if W_K is None else W_K.shape[0],
+        n_kv_heads=n_heads // int(hf.at(module, "num_key_value_groups"))
+        if W_K is None
+        else W_K.shape[0],
         d_head=d_head,
         scale=(d_head**-0.5 if scale is None else float(scale)) * factor**2 * key_factor,
         rotary=rotates,
@@ -182,7 +185,8 @@ def _split_qkv(
         seen.take(module.weight, hf.bias_of(module))
     n_kv = hf.flat_weight(modules[1]).shape[0] // d_head
     gated = row.attn_gate is not None and row.attn_gate == row.q  # head by head behind the query
-    widths = (2 * d_head if gated else d_head, d_head, hf.flat_weight(modules[2]).shape[0] // n_kv)  # of a head of each
+    d_value = hf.flat_weight(modules[2]).shape[0] // n_kv
+    widths = (2 * d_head if gated else d_head, d_head, d_value)  # of a head of each
     sized = list(zip(modules, widths, strict=True))
     q, k, v = (_by_head(hf.flat_weight(module), width) for module, width in sized)
     b_q, b_k, b_v = (_by_head(hf.bias_of(module), width) for module, width in sized)

@@ -14,6 +14,7 @@ from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.encoder import EncoderLayers, convert_encoder
 from hookedlm.errors import ConfigError, LoadError
 from hookedlm.families.bert import ENCODERS
+from hookedlm.layers.norm import Norm
 from hookedlm.loading import default_device, load_tokenizer, resolve, to_dtype
 from hookedlm.spec import AttentionSpec, MLPSpec
 
@@ -96,6 +97,8 @@ def _from_files(
 def describe_encoder(model: Any, layers: EncoderLayers, name: str) -> HookedTransformerConfig:
     """The classic config of a converted encoder, read off its layers."""
     attn, mlp = layers.blocks[0].spec.attn, layers.blocks[0].spec.mlp
+    ln1 = layers.blocks[0].ln1
+    assert isinstance(ln1, Norm)
     assert isinstance(attn, AttentionSpec)  # an encoder is uniform, or it was refused
     assert isinstance(mlp, MLPSpec)
     d_vocab, d_model = layers.embed.embed.W_E.shape
@@ -111,7 +114,7 @@ def describe_encoder(model: Any, layers: EncoderLayers, name: str) -> HookedTran
         d_mlp=mlp.d_mlp,
         d_vocab=d_vocab,
         act_fn=act if isinstance(act, str) else type(act).__name__,
-        eps=layers.blocks[0].ln1.eps,
+        eps=ln1.eps,
         normalization_type="LN",
         attention_dir="bidirectional",
         dtype=layers.embed.embed.W_E.dtype,

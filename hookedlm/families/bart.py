@@ -1,4 +1,4 @@
-"""BART's decoder half and its relatives, as language models of their own: no encoder is attended to.
+"""BART's decoder half and its relatives, as language models of their own, without an encoder.
 
 Names are those of fairseq, as in OPT: `self_attn_layer_norm` is the attention's norm and
 `final_layer_norm` the MLP's, before it or after the addition.
@@ -69,12 +69,10 @@ ROWS = {
         scale_query=True,
     ),
     "mbart": FAIRSEQ.but(**LEARNED, embed_sum_norm="model.decoder.layernorm_embedding"),
-    "bigbird_pegasus": FAIRSEQ.but(
-        ln_final="model.decoder.layernorm_embedding"
-    ),
+    "bigbird_pegasus": FAIRSEQ.but(ln_final="model.decoder.layernorm_embedding"),
     "blenderbot": FAIRSEQ,
     "blenderbot-small": BART.but(
-        **SCALED, pos_offset=0, embed_norm="model.decoder.layernorm_embedding", embed_sum_norm=None
+        embed_scale=None, pos_offset=0, embed_norm="model.decoder.layernorm_embedding", embed_sum_norm=None
     ),
     "marian": FAIRSEQ.but(**SCALED, layout="post_norm", ln_final=None),
     "pegasus": FAIRSEQ.but(**SCALED),

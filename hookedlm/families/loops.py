@@ -1,4 +1,4 @@
-"""Models whose loop stays Hugging Face's own: over several lists of blocks, or over one repeatedly."""
+"""Models whose loop stays Hugging Face's: over several lists of blocks, or one repeatedly."""
 
 from hookedlm.families.llama import LLAMA
 

@@ -5,7 +5,8 @@ from the model for the rest; a tuple of places means the first that exists. A *f
 or, if it is a string with a dot in it, a place whose value is read (``".name"`` on the block or
 model itself, ``"config.<key>"`` in the config). A `Choice` picks by a key of the config.
 ``when`` gives alternatives: the first place that a block has says what differs in it.
-A tuple of facts in ``rotary_if`` means any of them.
+A tuple of facts in ``rotary_if`` means any of them. ``more_blocks`` are further lists of blocks, in
+the order in which they run: then Hugging Face's own loop runs them.
 """
 
 from __future__ import annotations

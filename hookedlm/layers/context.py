@@ -19,12 +19,13 @@ class Context:
     """Prepared once per layer and pass, never changed.
 
     ``mask`` as it was prepared: None (causal, or everything for a single query), boolean (True may
-    be attended to) or additive. ``temperature`` multiplies queries by their position. ``bias`` is added to the scores (ALiBi). ``rotary`` holds the
-    tables the layer's rotation understands. ``positions`` are position embeddings that queries and
-    keys read apart from the stream (Shortformer). ``layer_input`` is what the tokens say to this layer alone;
-    through ``shared_keys`` a layer hands keys and values to later ones, through
-    ``handed`` which keys it picked. ``kwargs`` are what Hugging Face would call its
-    own block with, by name, for opaque parts. ``skipped``: this pass goes around the block.
+    be attended to) or additive. ``temperature`` multiplies queries by their position. ``bias`` is
+    added to the scores (ALiBi). ``rotary`` holds the tables the layer's rotation understands.
+    ``positions`` are position embeddings that queries and keys read apart from the stream
+    (Shortformer). ``layer_input`` is what the tokens say to this layer alone; through
+    ``shared_keys`` a layer hands keys and values to later ones, through ``handed`` which keys it
+    picked. ``kwargs`` are what Hugging Face would call its own block with, by name, for opaque
+    parts. ``skipped``: this pass goes around the block.
     """
 
     mask: Tensor | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,7 +14,10 @@ from hookedlm.hooks import HookPoint
 from hookedlm.layers.qkv import into_heads, per_head_into_heads
 from hookedlm.layers.weights import Weights
 
-GATES = {"sigmoid": torch.sigmoid, "softplus": F.softplus}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+}
 
 
 class OutputGate(Weights):

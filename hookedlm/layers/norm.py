@@ -86,7 +86,8 @@ class Norm(Weights):
         return self._weighted(x32, x.dtype)
 
     def _layer_norm(self, x: Tensor) -> Tensor:
-        w, b = self._parameters["w"], self._parameters["b"]
+        b = self._parameters["b"]
+        w: Tensor | None = self._parameters["w"]
         if w is not None and self.spec.offset:
             w = w + self.spec.offset
         if not self.spec.late_cast:

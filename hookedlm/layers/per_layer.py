@@ -1,4 +1,4 @@
-"""A third branch that lets each layer see the token again (Gemma 3n and 4: per-layer embeddings)."""
+"""A third branch that lets each layer see the token again (Gemma 4: per-layer embeddings)."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class ReusingAttention(Attention):
             turned, _ = self.rotate(q.transpose(1, 2), q.transpose(1, 2), ctx.rotary)
             q, k = self.hook_rot_q(turned.transpose(1, 2)), self.hook_rot_k(k)
         v = self.hook_v(v)
-        z = self._attend(*(x.transpose(1, 2) for x in (q, k, v)), ctx)
+        z = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), ctx)
         z = self.hook_z(z)
         b_O = self._parameters["b_O"]
         if self.hook_result.wanted:

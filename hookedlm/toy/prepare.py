@@ -35,7 +35,8 @@ class ToyPreparer:
     reads_tokens = False
     remembers = True
     own_cache = None
-    accepts: set[str] = set()
+    no_start = ""
+    accepts: frozenset[str] = frozenset()
 
     def __init__(self, cfg: HookedTransformerConfig):
         self.causal = cfg.attention_dir == "causal"
@@ -88,7 +89,7 @@ class ToyPreparer:
         return Prepared([made[kind] for kind in self.kinds])
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise UnknownInputError: there is nothing besides tokens that a model of a config takes."""
+        """Raise UnknownInputError: a model of a config takes nothing besides tokens."""
         if unknown := sorted(names):
             raise UnknownInputError(f"{', '.join(unknown)}: this model takes tokens only")
 
