@@ -84,7 +84,7 @@ def models():
     for tiny in tinies(*FAMILIES):
         if tiny.variant in ("base", tinies(tiny.model_type)[0].variant):
             yield hookedlm.load(tiny.build())
-    for kind in ("deepseek_v3", "gemma4_text", "afmoe", "bitnet"):
+    for kind in ("deepseek_v3", "gemma4_text", "afmoe", "bitnet", "bert"):
         yield hookedlm.load(registered([kind])[-1].build())
     with quiet_transformers():
         sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)

@@ -153,6 +153,13 @@ def test_logits_are_hugging_faces(kind: str, prompts):
 
 
 @each_type
+@torch.no_grad()
+def test_half_precision_is_bit_identical(kind: str, prompts):
+    half = copy.deepcopy(theirs(kind)).to(torch.bfloat16)
+    assert torch.equal(hookedlm.load(half)(prompts), logits_of(half, prompts))
+
+
+@each_type
 def test_the_users_module_is_left_alone(kind: str, prompts):
     before = logits_of(theirs(kind), prompts)
     names = {type(module).__name__ for module in theirs(kind).modules()}

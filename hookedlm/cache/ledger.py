@@ -44,9 +44,8 @@ class Write:
     @property
     def inner_norm(self) -> str:
         """The norm this part passes before it is added."""
-        norm = {"mlp": "ln2_post", "block": "ln2_post", "ple": "ple_norm"}.get(
-            self.kind, "ln1_post"
-        )
+        norms = {"attn": "ln1_post", "mixer": "ln1_post", "ple": "ple_norm"}
+        return f"blocks.{self.layer}.{norms.get(self.kind, 'ln2_post')}"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def check_pass(
         listening = worse(listening, compare(logits, truth.logits, truth.real))
         if silent and not truth.skipped:
             raise NotDrivenError(f"{len(silent)} hook points do not fire once in every pass")
-    dtype = truths[0].logits.dtype
+    dtype = weights_dtype(blocks)
     spread = len(blocks)  # longhand rounds otherwise in every block
     each = Agreement(listening.error / spread, False, listening.typical / spread)
     if not (within(quiet, dtype) and within(each, dtype, reroutes=True)):
@@ -71,6 +71,11 @@ def _run(
     )
 
 
+def weights_dtype(blocks: Sequence[nn.Module]) -> torch.dtype:
+    """What the blocks compute in, whatever the head makes of it."""
+    return next(p.dtype for b in blocks for p in b.parameters() if p.is_floating_point())
+
+
 def _why_no_sum(truth: Truth, embed: Tensor | None) -> str:
     """Why the stream is no sum of the embedding and what each block adds; "" if it is."""
     if embed is None:
@@ -84,14 +89,18 @@ def _why_no_sum(truth: Truth, embed: Tensor | None) -> str:
 
 
 def check_cache(
-    loop: LentLoop, theirs: Tensor | str, ours: Tensor | str, fidelity: Fidelity
+    loop: LentLoop,
+    theirs: Tensor | str,
+    ours: Tensor | str,
+    dtype: torch.dtype,
+    fidelity: Fidelity,
 ) -> None:
     """Whether the model can be continued from a cache, as Hugging Face's own blocks can."""
     if isinstance(theirs, str) or isinstance(ours, str):
         loop.no_cache = theirs if isinstance(theirs, str) else str(ours)
     else:
         agreement = compare(ours, theirs, torch.ones_like(ours[..., 0]).bool())
-        if within(agreement, theirs.dtype):
+        if within(agreement, dtype):
             return
         loop.no_cache = f"continued logits are {agreement.error:.1e} away"
     loop.remembers = False

@@ -146,7 +146,8 @@ def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
         _head(own, row, config),
         int(truth.calls[0].hidden.shape[-1]),
     )
-    follow([conversion.embed, conversion.pos_embed, *blocks, ln_final, unembed])
+    ends = [conversion.embed, conversion.pos_embed, conversion.embed_ln]
+    follow([*ends, *blocks, ln_final, conversion.mlm_head, unembed])
     _check_logits(conversion, truth, config)
     _check_preparing(conversion, truth)
     if not fidelity.opaque_parts:  # what is wrapped read its options itself

@@ -15,7 +15,13 @@ from hookedlm.convert import hf
 from hookedlm.convert.assembled import assemble
 from hookedlm.convert.build import Block
 from hookedlm.convert.check import Truth, check_block, run_truth, within
-from hookedlm.convert.check_lent import EXACT, check_cache, check_pass, continued
+from hookedlm.convert.check_lent import (
+    EXACT,
+    check_cache,
+    check_pass,
+    continued,
+    weights_dtype,
+)
 from hookedlm.convert.convert import (
     Conversion,
     NotDrivenError,
@@ -100,7 +106,8 @@ def _lent(model: nn.Module, why: str, given: Row | None, uniform: bool) -> Conve
         hf.replace_at(own, paths[number], slot)
     embed, logits = check_pass(loop, blocks, truths)
     fidelity.parts = [embed, *parts, logits]
-    check_cache(loop, known, continued(loop, blocks, truths[1]), fidelity)
+    ours = continued(loop, blocks, truths[1])
+    check_cache(loop, known, ours, weights_dtype(blocks), fidelity)
     width = truths[0].calls[0].hidden.shape[-1]
     return Conversion(
         own, row, None, None, blocks, None, None, None, loop, fidelity, width=width

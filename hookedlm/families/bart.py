@@ -72,7 +72,10 @@ ROWS = {
     "bigbird_pegasus": FAIRSEQ.but(ln_final="model.decoder.layernorm_embedding"),
     "blenderbot": FAIRSEQ,
     "blenderbot-small": BART.but(
-        embed_scale=None, pos_offset=0, embed_norm="model.decoder.layernorm_embedding", embed_sum_norm=None
+        embed_scale=None,
+        pos_offset=0,
+        embed_norm="model.decoder.layernorm_embedding",
+        embed_sum_norm=None,
     ),
     "marian": FAIRSEQ.but(**SCALED, layout="post_norm", ln_final=None),
     "pegasus": FAIRSEQ.but(**SCALED),

@@ -112,6 +112,11 @@ ROWS = {
     "granitemoe": GRANITE_MOE,
     "granitemoeshared": GRANITE_MOE,
     "granitemoe_swa": GRANITE_MOE.but(sinks="self_attn.sinks", window="self_attn.sliding_window"),
-    "hyperclovax": GRANITE.but(ln1_post="post_norm1", ln2_post="post_norm2"),
+    "hyperclovax": GRANITE.but(
+        ln1_post="post_norm1",
+        ln2_post="post_norm2",
+        logit_divisor=None,
+        logit_scale="config.logits_scaling",
+    ),
     "phi3": LLAMA.but(**FUSED_QKV, **FUSED_MLP, window="config.sliding_window"),
 }
