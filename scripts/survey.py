@@ -129,7 +129,11 @@ def remarks(found: list[Result]) -> str:
     """What is opaque, and what is wrong, each with the configurations it holds for."""
     where: dict[str, list[str]] = defaultdict(list)
     for result in found:
-        for text in (*result.opaque, *result.troubles()):
+        refused = [
+            f"{what}: {said}" for what, said in result.numbers.items() if isinstance(said, str)
+        ]
+        wrong = result.troubles()
+        for text in (*result.opaque, *(t for t in refused if t not in wrong), *wrong):
             where[text].append(result.variant)
     shown = [
         text if len(variants) == len(found) else f"{text} ({', '.join(variants)})"

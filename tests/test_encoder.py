@@ -28,7 +28,6 @@ from hookedlm.errors import (
     TokenizerError,
     WeightError,
 )
-from hookedlm.layers.norm import Norm
 
 SIZES = dict(
     vocab_size=60,
@@ -480,9 +479,10 @@ def test_moving_and_copying(theirs):
     assert model.cpu() is model
 
 
-def test_load_still_takes_a_bert_as_opaque_blocks():
+def test_load_takes_a_bert_too():
+    """As a language model whose positions all see each other, its stream normed after additions."""
     theirs = bert(BertForMaskedLM)
     model = hookedlm.load(theirs)
     with torch.no_grad():
         assert torch.equal(model(TOKENS), theirs(TOKENS).logits)
-    assert not any(isinstance(part, Norm) for part in model.blocks[0].modules())
+    assert model.cfg.attention_dir == "bidirectional"

@@ -139,7 +139,9 @@ def test_a_telling_mistake(what: str, monkeypatch):
 
 def test_a_projected_embedding_beside_a_wrapped_head_runs(monkeypatch):
     """The head's own code needs the base whole, which then takes no stream of ours."""
-    monkeypatch.setitem(FAMILIES, "opt", FAMILIES["opt"].but(logit_scale=2.0))
+    monkeypatch.setitem(
+        FAMILIES, "opt", FAMILIES["opt"].but(ln_final="model.decoder.layers.0.final_layer_norm")
+    )
     [tiny] = [tiny for tiny in tinies("opt") if tiny.variant == "post_norm_projected"]
     theirs = tiny.build()
     ours = hookedlm.load(theirs)

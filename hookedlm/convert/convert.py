@@ -105,6 +105,8 @@ def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
     row = rows[0]
     if row.more_blocks:
         raise NotDrivenError("its blocks stand in several lists")
+    if hf.resolved(row.loop_stays, own, config):
+        raise NotDrivenError("its loop edits the stream between blocks")
     d_vocab = hf.rows_of_tokens(own, row.embed)
     numbered: dict[str, Any] = {
         "first_position": hf.first_position(hf.find(own, row.pos_embed)),
@@ -487,6 +489,8 @@ def _check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> 
 def _read_out(conversion: Conversion, truth: Truth) -> Agreement:
     """Our norm and unembedding on the last stream; infinitely wrong where they don't even fit."""
     stream = truth.outputs[-1]
+    if stream.shape[:2] != truth.tokens.shape:  # a prompt of its own before it, say
+        return Agreement(float("inf"), False)
     try:
         with torch.no_grad():
             normed = stream if conversion.ln_final is None else conversion.ln_final(stream)

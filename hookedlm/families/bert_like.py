@@ -61,6 +61,7 @@ ROWS = {
     ),
     "xlm": GPT2.but(
         blocks="transformer.blocks",
+        loop_stays=True,  # it holds the stream of padding, known by its ids, at zero
         parallel_lists={
             "attn": "transformer.attentions",
             "ln1": "transformer.layer_norm1",

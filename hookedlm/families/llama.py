@@ -72,7 +72,6 @@ ROWS = {
         norm_late_cast=True,
         **{x: f"self_attn.{x}_proj.linear" for x in "qkvo"},
         rotary_tables="self_attn.rotary_emb",
-        window="config.sliding_window",
         gate=None,
         up=None,
         gate_up="mlp.fc1",

@@ -80,6 +80,7 @@ class Row:
     mixer_scale: Fact = None
     unused: tuple[str, ...] = ()
     asked: tuple[str, ...] = ()
+    loop_stays: Fact = False
     parallel_lists: Mapping[str, str] = field(default_factory=dict)
     two_streams: tuple[str, ...] = ()
     when: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
