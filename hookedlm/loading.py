@@ -18,7 +18,8 @@ from hookedlm.aliases import ALIASES, official_name
 from hookedlm.classic_files import ClassicCheckpoint, StateDict, find_classic, first_layers
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert import hf
-from hookedlm.convert.convert import Conversion, convert
+from hookedlm.convert.conversion import Conversion
+from hookedlm.convert.convert import convert
 from hookedlm.convert.describe import config_fields, dtype_of
 from hookedlm.convert.placed import device_of, is_placed
 from hookedlm.convert.text_model import auto_class

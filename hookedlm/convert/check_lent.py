@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from hookedlm.convert.build import Block
 from hookedlm.convert.check import Truth, compare, listen_to_all, within
-from hookedlm.convert.convert import NotDrivenError
+from hookedlm.convert.conversion import NotDrivenError
 from hookedlm.convert.lent import LentLoop
 from hookedlm.convert.report import Agreement, Fidelity, PartReport, worse
 from hookedlm.convert.text_model import text_config

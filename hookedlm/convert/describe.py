@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hookedlm.convert import hf
-from hookedlm.convert.convert import Conversion
+from hookedlm.convert.conversion import Conversion
 from hookedlm.convert.text_model import text_config
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.mlp import MLP, GatedMLP

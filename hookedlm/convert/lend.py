@@ -13,6 +13,7 @@ from torch import nn
 from hookedlm.axes import STREAM, STREAMS
 from hookedlm.convert import hf
 from hookedlm.convert.assembled import assemble
+from hookedlm.convert.blocks import argument_names, checked_block
 from hookedlm.convert.build import Block
 from hookedlm.convert.check import Truth, check_block, run_truth, within
 from hookedlm.convert.check_lent import (
@@ -22,12 +23,7 @@ from hookedlm.convert.check_lent import (
     continued,
     weights_dtype,
 )
-from hookedlm.convert.convert import (
-    Conversion,
-    NotDrivenError,
-    argument_names,
-    checked_block,
-)
+from hookedlm.convert.conversion import Conversion, NotDrivenError
 from hookedlm.convert.guess import rows_of
 from hookedlm.convert.hf import ConfigReads
 from hookedlm.convert.interface import show_heads

@@ -9,9 +9,11 @@ from torch import nn
 
 from hookedlm.convert import hf
 from hookedlm.convert.assembled import assemble
+from hookedlm.convert.blocks import form_of
 from hookedlm.convert.build import Block, build_read_block
-from hookedlm.convert.convert import Conversion, form_of, reading_out
+from hookedlm.convert.conversion import Conversion
 from hookedlm.convert.describe import config_fields
+from hookedlm.convert.ends import reading_out
 from hookedlm.convert.guess import row_of
 from hookedlm.convert.hf import ConfigReads
 from hookedlm.convert.read import read_block
