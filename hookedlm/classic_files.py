@@ -27,6 +27,8 @@ from hookedlm.errors import LoadError
 
 StateDict = dict[str, Float[Tensor, "..."]]
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
 REQUIRED = ("d_model", "n_layers", "n_heads", "d_head", "n_ctx", "d_vocab", "act_fn", "attn_only")
 """Fields that every config of the format has."""
 
@@ -99,9 +101,9 @@ class ClassicCheckpoint:
 def find_classic(place: str, local: bool, options: Mapping[str, Any]) -> ClassicCheckpoint | None:
     """The checkpoint in TransformerLens' format that a folder or hub name holds; None if none.
 
-    ``options``: revision, token and cache_dir go to the hub.
+    Of ``options``, `HUB_OPTIONS` go to the hub.
     """
-    kept = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
+    kept = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
         if local:
             raw = json.loads((Path(place) / "config.json").read_text("utf-8"))

@@ -26,6 +26,7 @@ from hookedlm.convert.text_model import auto_class
 from hookedlm.errors import LoadError
 from hookedlm.families import Row
 from hookedlm.names import nearest
+from hookedlm.reach import where_found
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -112,6 +113,7 @@ def load_layers(
     path = None
     if hf_model is None:
         path, local = resolve(name)
+        kwargs = kwargs if local else where_found(kwargs)
         where = kwargs if revision is None else {**kwargs, "revision": revision}
         classic = find_classic(path, local, where)
         if classic is not None:
@@ -283,7 +285,7 @@ def load_tokenizer(path: str, local: bool, revision: str | None) -> Any:
     """The tokenizer kept beside a model, or None when there is none to be had."""
     if local and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         return None  # transformers would make an empty one up
-    options: dict[str, Any] = {"local_files_only": True} if local else {}
+    options: dict[str, Any] = {"local_files_only": True} if local else where_found({})
     if revision is not None and not local:
         options["revision"] = revision
     try:

@@ -24,6 +24,7 @@ from hookedlm.convert.outline import outline_fields
 from hookedlm.errors import LoadError
 from hookedlm.loading import resolve, shortened
 from hookedlm.model import HookedTransformer
+from hookedlm.reach import where_found
 
 OFFICIAL_MODEL_NAMES: list[str] = list(dict.fromkeys(ALIASES.values()))
 """Where on the hub the models with short names are. Others load as well."""
@@ -75,6 +76,8 @@ def get_pretrained_model_config(
     Raises LoadError where no config is found, ConversionError where it describes no language model
     that can be read.
     """
+    if hf_cfg is None:
+        kwargs = where_found(kwargs)
     classic = None if hf_cfg is not None else find_classic(*resolve(model_name), kwargs)
     if classic is not None:
         known = classic.fields()
@@ -109,7 +112,9 @@ def _hf_config(model_name: str, hf_cfg: Any, kwargs: dict[str, Any]) -> Any:
         return copy.deepcopy(hf_cfg)
     path, local = resolve(model_name)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=local, **kwargs)
+        return AutoConfig.from_pretrained(
+            path, **kwargs | {"local_files_only": True} if local else kwargs
+        )
     except (OSError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())
         raise LoadError(f"can't read a config for {model_name!r}: {why}") from error

@@ -50,7 +50,7 @@ FLOORS = {
         3: "convert",
         4: "model driver lent toy cache caching derive missing tokens loss weights placing "
         "generation transforms loading pretrained processing encoder encoder_decoder audio "
-        "sampling data hub inputs embeds samples "
+        "sampling data hub reach inputs embeds samples "
         "state_dicts past_key_values model_configs classic_files checkpoints",
         5: "load patching circuits lenses steering utils prompts head_detector evals train "
         "svd_interpreter components",
