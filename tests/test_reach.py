@@ -6,6 +6,7 @@ import socket
 
 import huggingface_hub.file_download
 import pytest
+from conftest import hf
 from huggingface_hub import constants
 
 import hookedlm
@@ -69,7 +70,7 @@ def test_no_file_is_asked_for_over_and_over(load, monkeypatch):
 
 
 @pytest.mark.usefixtures("nobody")
-def test_a_module_under_a_hub_name_asks_for_no_tokenizer(hf, monkeypatch):
+def test_a_module_under_a_hub_name_asks_for_no_tokenizer(monkeypatch):
     def asked(*args, **kwargs):
         pytest.fail("a request to the hub")
 
