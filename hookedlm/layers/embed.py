@@ -133,7 +133,7 @@ class Entrance:
 
 
 class Unembed(Weights):
-    """Logits: ``x W_U + b_U``, then the family's scale and softcap."""
+    """Logits: ``x W_U + b_U``, then, in float32 if it ``upcasts``, the family's scale and cap."""
 
     def __init__(
         self,
@@ -143,18 +143,35 @@ class Unembed(Weights):
         scale: float = 1.0,
         divisor: float = 1.0,
         softcap: float | None = None,
+        upcasts: bool = False,
     ):
         super().__init__()
         self.put("W_proj", W_proj, None, "")
         self.put("W_U", W_U, None, "")
         self.put("b_U", b_U, (W_U.shape[1],), "W_U")
         self.scale, self.divisor, self.softcap = scale, divisor, softcap
+        self.upcasts = upcasts
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        return self._finished(F.linear(self._inside(x), self.W_U.t(), self._parameters["b_U"]))
+
+    def of_tokens(
+        self, x: Float[Tensor, "*rows batch d_model"], tokens: Int[Tensor, "batch n"]
+    ) -> Float[Tensor, "*rows batch n"]:
+        """The logits of some tokens, each example's own."""
+        b_U = self._parameters["b_U"]
+        logits = torch.einsum("...bd,bnd->...bn", self._inside(x), self.W_U.t()[tokens])
+        return self._finished(logits if b_U is None else logits + b_U[tokens])
+
+    def _inside(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_embed"]:
         W_proj = self._parameters["W_proj"]
-        if W_proj is not None:
-            x = F.linear(x, W_proj.t())
-        logits = F.linear(x, self.W_U.t(), self._parameters["b_U"])
+        if x.dtype != self.W_U.dtype:  # a stream that is kept in float32
+            x = x.to(self.W_U.dtype)
+        return x if W_proj is None else F.linear(x, W_proj.t())
+
+    def _finished(self, logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        if self.upcasts:
+            logits = logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.divisor != 1.0:

@@ -1,8 +1,9 @@
 """Activation patching: run a corrupted prompt with one activation of a clean run put in its place.
 
-For each index of a grid (layer, position, head, ...) one forward pass, and of its logits a metric.
-The answer is a tensor with the grid's shape: where the metric recovers, the clean activation
-carried what the corruption had destroyed. Signatures and results are TransformerLens'.
+For each index of a grid (layer, position, head, ...) a patched run, and of its logits a metric; the
+runs share what they have in common (`hookedlm.patching.engine`). The answer is a tensor with the
+grid's shape: where the metric recovers, the clean activation carried what the corruption had
+destroyed. Signatures and results are TransformerLens'.
 Source: "Locating and Editing Factual Associations in GPT" (arXiv 2202.05262); "Interpretability in
 the Wild" (arXiv 2211.00593).
 """
@@ -10,6 +11,7 @@ the Wild" (arXiv 2211.00593).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,11 @@ from hookedlm.errors import InputError
 from hookedlm.hooks import HookPoint
 from hookedlm.model import HookedTransformer
 from hookedlm.names import get_act_name
+from hookedlm.patching.base_run import run_base
+from hookedlm.patching.engine import listened, run_cells
+from hookedlm.patching.plans import Plan, SetterPlan, SitePlan, from_source
+from hookedlm.patching.readout import ReadOut
+from hookedlm.patching.sites import Sites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,36 +54,48 @@ AXES = {
 # Patch setters ------------------------------------------------------------------------------------
 
 
-def _setter(name: str, what: str, axes: str, skips: int = 0) -> PatchSetter:
-    """A setter whose index, less the layer, points at ``skips`` axes behind the batch."""
+@dataclass(frozen=True)
+class SliceSetter:
+    """A setter whose index, less the layer, points at the axes ``skips`` behind the batch."""
 
-    def setter(corrupted_activation: Tensor, index: Index, clean_activation: Tensor) -> Tensor:
-        here = (slice(None),) * (1 + skips) + tuple(index[1:])
+    name: str
+    what: str
+    axes: str
+    skips: int = 0
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.name}_patch_setter"
+
+    def __call__(
+        self, corrupted_activation: Tensor, index: Index, clean_activation: Tensor
+    ) -> Tensor:
+        """Patch in place."""
+        here = (slice(None),) * (1 + self.skips) + tuple(index[1:])
         corrupted_activation[here] = clean_activation[here]
         return corrupted_activation
 
-    setter.__name__ = setter.__qualname__ = f"{name}_patch_setter"
-    setter.__doc__ = f"Patch {what}, in place; index ({axes})."
-    return setter
+    def __repr__(self) -> str:
+        return f"<{self.__name__}: {self.what}, in place; index ({self.axes})>"
 
 
-layer_pos_patch_setter = _setter("layer_pos", "one position", "layer, pos")
-layer_pos_head_vector_patch_setter = _setter(
+layer_pos_patch_setter = SliceSetter("layer_pos", "one position", "layer, pos")
+layer_pos_head_vector_patch_setter = SliceSetter(
     "layer_pos_head_vector", "one head at one position", "layer, pos, head"
 )
-layer_head_vector_patch_setter = _setter(
+layer_head_vector_patch_setter = SliceSetter(
     "layer_head_vector", "one head at all positions", "layer, head", skips=1
 )
-layer_head_pattern_patch_setter = _setter("layer_head_pattern", "one pattern", "layer, head")
-layer_head_pos_pattern_patch_setter = _setter(
+layer_head_pattern_patch_setter = SliceSetter("layer_head_pattern", "one pattern", "layer, head")
+layer_head_pos_pattern_patch_setter = SliceSetter(
     "layer_head_pos_pattern", "one row of a pattern", "layer, head, dest_pos"
 )
-layer_head_dest_src_pos_pattern_patch_setter = _setter(
+layer_head_dest_src_pos_pattern_patch_setter = SliceSetter(
     "layer_head_dest_src_pos_pattern", "one entry of a pattern", "layer, head, dest_pos, src_pos"
 )
 
 
-# The engine ---------------------------------------------------------------------------------------
+# The sweep ----------------------------------------------------------------------------------------
 
 
 def make_df_from_ranges(
@@ -142,16 +161,80 @@ def generic_activation_patch(
         indices = list(product(*(range(n) for n in shape)))
     _check_indices(indices, names, points)
 
-    answers: list[Tensor] = []
     with torch.no_grad():
-        for index in tqdm(indices, desc=f"patching {activation_name}", leave=False):
-            place = points[int(index[0])]
-            answers.append(_patched(model, tokens, patching_metric, patch_setter, index, *place))
+        if listened(model):
+            answers = _one_by_one(model, tokens, patching_metric, patch_setter, indices, points)
+        else:
+            answers = _together(model, tokens, patching_metric, patch_setter, indices, points)
     grid = torch.stack(answers) if answers else torch.zeros(0, device=model.device)
     grid = grid.reshape(shape)
     if not return_index_df:
         return grid
     return grid, make_df_from_ranges(shape, names) if index_df is None else index_df
+
+
+def _together(
+    model: HookedTransformer,
+    tokens: Tokens,
+    metric: Metric,
+    setter: PatchSetter,
+    indices: Sequence[Index],
+    points: Points,
+) -> list[Float[Tensor, ""]]:
+    """All runs by the engine."""
+    if not indices:
+        return []
+    base = run_base(model, tokens)
+    plan: Plan = SetterPlan(setter, indices, points, base.n_examples)
+    if isinstance(setter, SliceSetter) and _sliceable(setter, indices, points):
+        clean = {layer: x.to(model.device) for layer, (_, x) in points.items()}
+        sites = _sites(setter, indices, points)
+        plan = SitePlan(sites, from_source, clean, base.n_examples)
+
+    def read(out: ReadOut, cells: Sequence[int]) -> Tensor:
+        return torch.stack([_one_number(metric(out.of_cell(i)), model) for i in range(len(cells))])
+
+    found: dict[int, Tensor] = {}
+    first = (points[int(indices[0][0])][0].name or "").rsplit(".", 1)[-1].removeprefix("hook_")
+    for cells, numbers in run_cells(base, plan, read, progress=f"patching {first}"):
+        found.update(zip(cells, numbers, strict=True))
+    return [found[cell] for cell in range(len(indices))]
+
+
+def _sliceable(setter: SliceSetter, indices: Sequence[Index], points: Points) -> bool:
+    """Whether the setter means one and the same slice of every layer's activation."""
+    reach = 1 + setter.skips + len(indices[0]) - 1
+    return len({point.axes for point, _ in points.values()}) == 1 and all(
+        len(point.axes or ()) >= reach for point, _ in points.values()
+    )
+
+
+def _sites(setter: SliceSetter, indices: Sequence[Index], points: Points) -> Sites:
+    point, clean = points[int(indices[0][0])]
+    axes = (point.axes or ())[1 + setter.skips :]
+    device = clean.device
+    index = {}
+    for column, axis in enumerate(axes[: len(indices[0]) - 1], start=1):
+        lengths = [points[int(row[0])][1].shape[1 + setter.skips + column - 1] for row in indices]
+        places = [int(row[column]) % n for row, n in zip(indices, lengths, strict=True)]
+        index[axis] = torch.tensor(places, device=device)
+    where = {layer: place for layer, (place, _) in points.items()}
+    return Sites(where, [int(row[0]) for row in indices], index)
+
+
+def _one_by_one(
+    model: HookedTransformer,
+    tokens: Tokens,
+    metric: Metric,
+    setter: PatchSetter,
+    indices: Sequence[Index],
+    points: Points,
+) -> list[Float[Tensor, ""]]:
+    """A whole run for each index: hooks that are in the model may want whole runs."""
+    return [
+        _patched(model, tokens, metric, setter, index, *points[int(index[0])])
+        for index in tqdm(indices, desc="patching", leave=False)
+    ]
 
 
 def _patched(
@@ -169,13 +252,17 @@ def _patched(
         return setter(activation, list(index), clean.to(activation.device, activation.dtype))
 
     logits = model.run_with_hooks(tokens, fwd_hooks=[(point.name or "", patch)])
-    answer = torch.as_tensor(metric(logits), dtype=torch.float32, device=model.device)
-    if answer.numel() != 1:
+    return _one_number(metric(logits), model)
+
+
+def _one_number(answer: Any, model: HookedTransformer) -> Float[Tensor, ""]:
+    number = torch.as_tensor(answer, dtype=torch.float32, device=model.device)
+    if number.numel() != 1:
         raise InputError(
-            f"the patching metric returned {answer.numel()} values; expected one number for the "
+            f"the patching metric returned {number.numel()} values; expected one number for the "
             "whole batch (take the mean over prompts)"
         )
-    return answer.detach().reshape(())
+    return number.detach().reshape(())
 
 
 # What is checked before anything runs -------------------------------------------------------------

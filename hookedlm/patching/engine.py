@@ -1,0 +1,172 @@
+"""The engine: many patched runs as one growing batch that starts where the patches do.
+
+The base prompts run once. A cell's run enters at the block that it patches, beside those that came
+in earlier; it computes the positions from the first patched one on, for what went before is in the
+base run's keys and values; and of its last stream only what the metric reads is unembedded. The
+numbers are those of one run for each cell, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from hookedlm.errors import HookNeverFiredError
+from hookedlm.hooks import HookPoint, HookRequest, attached
+from hookedlm.model import HookedTransformer
+from hookedlm.patching.base_run import BaseRun, Reuse, RowContexts
+from hookedlm.patching.memory import is_out_of_memory, most_tokens
+from hookedlm.patching.plans import Plan
+from hookedlm.patching.readout import ReadOut
+
+Rows = Float[Tensor, "rows ..."]
+Stream = Float[Tensor, "rows pos d_model"]
+Read = Callable[[ReadOut, Sequence[int]], Float[Tensor, "cells *batch"]]
+"""(what a batch of cells came to, which cells) -> their numbers."""
+
+OVERHEAD = {"cpu": 48, "cuda": 4096}
+"""Positions that could be computed in the time that a call of a block costs by itself."""
+
+
+@torch.no_grad()
+def run_cells(
+    base: BaseRun, plan: Plan, read: Read, *, batch_size: int | None = None, progress: str = ""
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(cells, numbers) of one batch after the other. ``batch_size`` is in cells; by default as many
+    as memory allows. Out of memory, it is halved."""
+    groups = grouped(base, plan)
+    n_cells = sum(len(cells) for _, cells in groups)
+    with tqdm(total=n_cells, desc=progress, leave=False, disable=not progress) as bar:
+        for start, cells in groups:
+            room = most_tokens(base.model, read_all=base.reuse == Reuse.NOTHING)
+            fitting = max(1, room // (base.n_examples * (base.length - start)))
+            size = fitting if batch_size is None else batch_size
+            contexts = RowContexts(base, start) if base.reuse else None
+            done = 0
+            while done < len(cells):
+                some = cells[done : done + size]
+                try:
+                    numbers = read(_run(base, plan, some, start, contexts), some)
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if size == 1 or not is_out_of_memory(error):
+                        raise
+                    size = max(1, min(size, len(some)) // 2)
+                    continue
+                done += len(some)
+                bar.update(len(some))
+                yield some, numbers
+
+
+def listened(model: HookedTransformer) -> bool:
+    """Whether somebody's hooks are in the model: those may count on whole runs of the prompts."""
+    return any(point.wanted for point in model.hook_dict.values())
+
+
+def _run(
+    base: BaseRun, plan: Plan, cells: Sequence[int], start: int, contexts: RowContexts | None
+) -> ReadOut:
+    if contexts is None:
+        return ReadOut(base, len(cells), logits=_whole_run(base, plan, cells))
+    return ReadOut(
+        base, len(cells), stream=_growing(base, plan, cells, start, contexts), start=start
+    )
+
+
+def _growing(
+    base: BaseRun, plan: Plan, cells: Sequence[int], start: int, contexts: RowContexts
+) -> Stream:
+    """The last stream of cells (in the order of their layers): each enters at its own block."""
+    model, n_examples = base.model, base.n_examples
+    stream = base.entering[0][:0, start:]
+    entered = 0
+    for layer in range(plan.layers[cells[0]], len(model.blocks)):
+        before = entered
+        while entered < len(cells) and plan.layers[cells[entered]] == layer:
+            entered += 1
+        here = cells[before:entered]
+        if here:
+            new = base.rows(base.entering[layer][:, start:], len(here))
+            stream = torch.cat([stream, new]) if before else new
+        hook = Editor(plan, here, slice(before * n_examples, entered * n_examples), start)
+        with attached([HookRequest(plan.point(layer), hook)] if here else []) as handles:
+            stream = model.blocks[layer](stream, contexts.at(layer, entered))
+        _demand_fired(handles)
+    return stream
+
+
+def _whole_run(base: BaseRun, plan: Plan, cells: Sequence[int]) -> Float[Tensor, "rows pos v"]:
+    """Logits of whole runs from tokens, each cell with its patch."""
+    requests, n_examples = [], base.n_examples
+    for layer in sorted({plan.layers[cell] for cell in cells}):
+        places = [i for i, cell in enumerate(cells) if plan.layers[cell] == layer]
+        here = [cells[i] for i in places]  # neighbours: cells are sorted by layer
+        rows = slice(places[0] * n_examples, (places[-1] + 1) * n_examples)
+        hook = Editor(plan, here, rows, 0)
+        requests.append(HookRequest(plan.point(layer), hook))
+    mask = None if base.mask is None else base.rows(base.mask, len(cells))
+    with attached(requests) as handles:
+        logits = base.model(base.rows(base.tokens, len(cells)), attention_mask=mask)
+    _demand_fired(handles)
+    return logits
+
+
+def _demand_fired(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        if not handle.fired:
+            raise HookNeverFiredError(f"{handle.point.name!r} never fired: nothing was patched")
+
+
+class Editor:
+    """A hook that edits the rows of some cells."""
+
+    def __init__(self, plan: Plan, cells: Sequence[int], rows: slice, start: int):
+        self.plan, self.cells, self.rows, self.start = plan, cells, rows, start
+
+    def __call__(self, x: Rows, hook: HookPoint) -> Rows:
+        edited = self.plan.edit(x[self.rows], self.cells, self.start)
+        if edited.shape[0] == x.shape[0]:
+            return edited
+        x[self.rows] = edited
+        return x
+
+
+def grouped(base: BaseRun, plan: Plan) -> list[tuple[int, list[int]]]:
+    """(first position, cells in the order of their layers): cells that are run together.
+
+    A group computes all positions from its first on; splitting it costs calls of blocks.
+    """
+    cells = sorted(range(len(plan.layers)), key=lambda cell: (plan.layers[cell], cell))
+    if base.reuse < Reuse.POSITIONS:
+        return [(0, cells)] if cells else []
+    n_layers, length = len(base.model.blocks), base.length
+    work = [0] * length
+    for cell in cells:
+        work[plan.starts[cell]] += (n_layers - plan.layers[cell]) * base.n_examples
+    overhead = OVERHEAD.get(base.tokens.device.type, OVERHEAD["cuda"]) * n_layers
+    bounds = [*_splits(work, 0, length, overhead), length]
+    groups = []
+    for first, end in pairwise(bounds):
+        inside = [cell for cell in cells if first <= plan.starts[cell] < end]
+        if inside:
+            groups.append((min(plan.starts[cell] for cell in inside), inside))
+    return groups
+
+
+def _splits(work: Sequence[int], first: int, end: int, overhead: int) -> list[int]:
+    """First positions of groups of the cells that start in ``[first, end)``."""
+    behind = sum(work[first:end])
+    best, where = overhead, None
+    for middle in range(first + 1, end):
+        behind -= work[middle - 1]
+        saved = behind * (middle - first)
+        if saved > best:
+            best, where = saved, middle
+    if where is None:
+        return [first]
+    return _splits(work, first, where, overhead) + _splits(work, where, end, overhead)

@@ -1,0 +1,108 @@
+"""Plans: what a grid of patches does to its activation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hookedlm.hooks import HookPoint
+from hookedlm.patching.sites import Sites
+
+Rows = Float[Tensor, "rows ..."]
+New = Callable[[Tensor, Tensor | None], Tensor]
+"""(a part of an activation, the same part of the source run) -> what is put there."""
+
+
+class Plan(ABC):
+    """What a grid of patches does: its cells, by number."""
+
+    layers: Sequence[int]
+    starts: Sequence[int]
+    """The first position at which each cell changes anything."""
+
+    @abstractmethod
+    def point(self, layer: int) -> HookPoint:
+        """Where the patches of a layer go."""
+
+    @abstractmethod
+    def edit(self, rows: Rows, cells: Sequence[int], start: int) -> Rows:
+        """The activation ``[cells * batch, ...]`` of these cells, which begins at position
+        ``start``, with their patches."""
+
+
+def from_source(part: Tensor, source: Tensor | None) -> Tensor:
+    """What activation patching puts in a part's place: the same part of the source run."""
+    assert source is not None
+    return source
+
+
+class SitePlan(Plan):
+    """One site for each cell: its part of the activation becomes ``new(part, source part)``.
+
+    ``source``: each layer's activation ``[batch or 1, ...]`` in another run.
+    """
+
+    def __init__(
+        self, sites: Sites, new: New, source: Mapping[int, Tensor] | None, n_examples: int
+    ):
+        self.sites, self.new, self.source, self.n_examples = sites, new, source, n_examples
+        self.layers, self.starts = sites.layers, sites.starts()
+
+    def point(self, layer: int) -> HookPoint:
+        """Where the patches of a layer go."""
+        return self.sites.points[layer]
+
+    def edit(self, rows: Rows, cells: Sequence[int], start: int) -> Rows:
+        """The rows of these cells, each with its part replaced, in place."""
+        layer = self.layers[cells[0]]
+        axes = self.point(layer).axes or ()
+        x = rows.unflatten(0, (len(cells), self.n_examples))
+        numbers = torch.tensor(cells, device=rows.device)
+        where = self.sites.part(axes, numbers, x.shape[1:], start)
+        source = None if self.source is None else self._source_part(layer, axes, numbers)
+        part = x[where]
+        x[where] = self.new(part, source).to(part.dtype).expand_as(part)
+        return rows
+
+    def _source_part(self, layer: int, axes: Sequence[str], cells: Tensor) -> Tensor:
+        assert self.source is not None
+        source = self.source[layer]
+        source = source.expand(self.n_examples, *source.shape[1:])
+        _, *where = self.sites.part(axes, cells, source.shape, 0)
+        return source[tuple(where)]
+
+
+class SetterPlan(Plan):
+    """A user's own setter, ``setter(activation, index, clean) -> activation``, a cell at a time on
+    whole activations of the base prompts."""
+
+    def __init__(
+        self,
+        setter: Callable[[Tensor, Sequence[int], Tensor], Tensor],
+        indices: Sequence[Sequence[int]],
+        points: Mapping[int, tuple[HookPoint, Tensor]],
+        n_examples: int,
+    ):
+        self.setter, self.indices, self.points = setter, indices, points
+        self.n_examples = n_examples
+        self.layers = [int(index[0]) for index in indices]
+        self.starts = [0] * len(indices)
+
+    def point(self, layer: int) -> HookPoint:
+        """Where the patches of a layer go."""
+        return self.points[layer][0]
+
+    def edit(self, rows: Rows, cells: Sequence[int], start: int) -> Rows:
+        """The rows of these cells, as the setter returns them."""
+        point, clean = self.points[self.layers[cells[0]]]
+        clean = clean.to(rows.device, rows.dtype)
+        n = self.n_examples
+        for i, cell in enumerate(cells):
+            here = rows[i * n : (i + 1) * n]
+            edited = self.setter(here.clone(), list(self.indices[cell]), clean)
+            here.copy_(point._checked(edited, here))
+        return rows

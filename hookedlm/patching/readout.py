@@ -1,0 +1,169 @@
+"""Reading out: the logits of many patched runs, computed where a metric reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from hookedlm.patching.base_run import BaseRun
+
+Logits = Float[Tensor, "batch pos d_vocab"]
+
+METADATA = {
+    "__len__", "dim", "ndimension", "size", "numel", "nelement", "is_floating_point",
+    "is_complex", "element_size", "get_device",
+}  # fmt: skip
+"""Methods of a tensor that read none of its elements."""
+
+
+class ReadOut:
+    """What a batch of cells came to: their last stream from ``start`` on, or their logits."""
+
+    def __init__(
+        self,
+        base: BaseRun,
+        n_cells: int,
+        *,
+        stream: Float[Tensor, "rows pos d_model"] | None = None,
+        logits: Float[Tensor, "rows pos d_vocab"] | None = None,
+        start: int = 0,
+    ):
+        self.base, self.n_cells, self.start = base, n_cells, start
+        self._stream, self._logits = stream, logits
+        self._read: dict[int, Float[Tensor, "cells batch d_vocab"]] = {}
+
+    # One cell after the other, for a user's own metric --------------------------------------------
+
+    def of_cell(self, cell: int) -> Logits:
+        """Logits as one run of that cell gives them; they are computed where they are looked at."""
+        if self._logits is not None:
+            n = self.base.n_examples
+            return self._logits[cell * n : (cell + 1) * n]
+        return LazyLogits(self.base, lambda pos: self._at(pos)[cell])
+
+    def _at(self, pos: int) -> Float[Tensor, "cells batch d_vocab"]:
+        """The logits of all cells at a position: whoever reads one, will read the others."""
+        if pos not in self._read:
+            self._read[pos] = self._logits_of(self.stream_at(pos))
+        return self._read[pos]
+
+    # All cells at once ----------------------------------------------------------------------------
+
+    def stream_at(
+        self, positions: int | Int[Tensor, "batch"]
+    ) -> Float[Tensor, "cells batch d_model"]:
+        """The last stream of every cell at a position, counted from 0; for every example at its own
+        if there are several. Before ``start`` it is the base run's."""
+        base, start = self.base, self.start
+        assert self._stream is not None
+        stream = self._stream.unflatten(0, (self.n_cells, base.n_examples))
+        if isinstance(positions, int):
+            if positions < start:
+                return base.entering[-1][None, :, positions].expand(self.n_cells, -1, -1)
+            return stream[:, :, positions - start]
+        examples = torch.arange(base.n_examples, device=stream.device)
+        here = stream[:, examples, (positions - start).clamp(min=0)]
+        known = base.entering[-1][examples, positions]
+        return torch.where((positions >= start)[None, :, None], here, known[None])
+
+    def logits_at(
+        self,
+        positions: int | Int[Tensor, "batch"],
+        tokens: Int[Tensor, "batch n"] | None = None,
+    ) -> Float[Tensor, "cells batch n_or_vocab"]:
+        """Logits of every cell at a position (see `stream_at`): all, or of these tokens for every
+        example."""
+        base = self.base
+        if self._stream is not None:
+            return self._logits_of(self.stream_at(positions), tokens)
+        assert self._logits is not None
+        logits = self._logits.unflatten(0, (self.n_cells, base.n_examples))
+        examples = torch.arange(base.n_examples, device=logits.device)
+        at = logits[:, examples, positions]
+        if tokens is None:
+            return at
+        return at.gather(-1, tokens[None].expand(len(at), -1, -1))
+
+    def _logits_of(
+        self, stream: Float[Tensor, "cells batch d_model"], tokens: Tensor | None = None
+    ) -> Float[Tensor, "cells batch n_or_vocab"]:
+        model = self.base.model
+        x = stream if model.ln_final is None else model.ln_final(stream)
+        x = model.mlm_head(x) if model._head_points else x
+        assert model.unembed is not None
+        return model.unembed(x) if tokens is None else model.unembed.of_tokens(x, tokens)
+
+
+class LazyLogits(torch.Tensor):
+    """Logits ``[batch, pos, d_vocab]`` that are computed where somebody looks: ``logits[:, -1]``
+    unembeds one position. Whatever else is done with them computes them all."""
+
+    base: BaseRun
+    at: Callable[[int], Tensor]
+
+    @staticmethod
+    def __new__(cls, base: BaseRun, at: Callable[[int], Tensor]) -> LazyLogits:
+        """``at(pos)``: ``[batch, d_vocab]``."""
+        shape = (base.n_examples, base.length, base.model.cfg.d_vocab)
+        device = base.entering[-1].device
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=base.logits_dtype, device=device
+        )
+        made.base, made.at = base, at
+        return made
+
+    def __init__(self, base: BaseRun, at: Callable[[int], Tensor]):
+        pass
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__
+        if name in METADATA or name == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if name == "__getitem__" and isinstance(args[0], LazyLogits):
+            return args[0]._picked(args[1])
+        args, named = tree_map(_computed, (tuple(args), kwargs or {}))
+        return func(*args, **named)
+
+    @classmethod
+    def __torch_dispatch__(cls, *given: Any, **named: Any) -> Any:
+        """Reached by code that goes around ``__torch_function__``."""
+        func, _, args, kwargs = (*given, {})[:4]
+        args, kwargs = tree_map(_computed, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def computed(self) -> Logits:
+        """All of them."""
+        with torch._C.DisableTorchFunctionSubclass():
+            length = self.shape[1]
+        return torch.stack([self.at(pos) for pos in range(length)], dim=1)
+
+    def _picked(self, index: Any) -> Tensor:
+        """``logits[index]``: where positions are a number or a slice, only these are computed."""
+        parts = index if isinstance(index, tuple) else (index,)
+        plain = len(parts) > 1 and all(isinstance(part, int | slice) for part in parts[:2])
+        if not plain:
+            return self.computed()[index]
+        length = self.base.length
+        where = parts[1]
+        if isinstance(where, int):
+            if not -length <= where < length:
+                raise IndexError(f"position {where} of {length}")
+            return self.at(where % length)[(parts[0], *parts[2:])]
+        picked = range(*where.indices(length))
+        if not picked:
+            return self.computed()[index]
+        logits = torch.stack([self.at(pos) for pos in picked], dim=1)
+        return logits[(parts[0], slice(None), *parts[2:])]
+
+
+def _computed(x: Any) -> Any:
+    return x.computed() if isinstance(x, LazyLogits) else x
