@@ -17,5 +17,7 @@ from hookedlm.load import load_demo as load_demo
 from hookedlm.model import HookedTransformer as HookedTransformer
 from hookedlm.names import get_act_name as get_act_name
 from hookedlm.root import HookedRootModule as HookedRootModule
+from hookedlm.shards import ActivationShards as ActivationShards
+from hookedlm.shards import open_stream as open_stream
 from hookedlm.slices import Slice as Slice
 from hookedlm.svd_interpreter import SVDInterpreter as SVDInterpreter

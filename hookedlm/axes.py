@@ -12,6 +12,7 @@
 | d_latent | width of the bottleneck of latent attention: one for queries, one for keys and values |
 | d_all | all heads side by side, ``n_heads * d_head`` (norms over the full width of q or k) |
 | d_model | width of the residual stream |
+| d_embed | width of embeddings, or of the unembedding's input, where it is not ``d_model`` |
 | d_mlp | neurons of an MLP |
 | d_vocab | tokens of the vocabulary |
 | expert | experts of a mixture |
@@ -34,6 +35,7 @@ AXES = (
     "d_value",
     "d_latent",
     "d_model",
+    "d_embed",
     "d_all",
     "d_mlp",
     "d_vocab",
@@ -48,6 +50,7 @@ AXES = (
 )
 
 STREAM = "batch pos d_model"
+EMBEDDED = "batch pos d_embed"
 SCALE = "batch pos 1"
 QUERY = "batch pos head d_head"
 GATE = "batch pos head d_gate"
@@ -67,6 +70,7 @@ EXPERTS = "batch pos expert d_model"
 EXPERT_NEURONS = "batch pos expert d_mlp"
 FEATURES = "batch pos d_conv"
 STREAMS = "batch pos stream d_model"
+PATCHES = "batch patch d_model"
 
 
 def split_axes(axes: str) -> tuple[str, ...]:

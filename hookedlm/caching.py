@@ -109,7 +109,10 @@ class CachingMethods(HookedRootModule):
         kept = len(picked.indices(length))
         few_picked = {"identity": None, "slice": (0, 2), "array": [0, 1]}[picked.mode]
         # A slice of less than half is recorded as a copy: so it must be here.
-        few = torch.ones((2, 5 if 2 * kept < length else 3), dtype=torch.long, device=self.device)
+        n_few = 5 if 2 * kept < length else 3
+        if any("patch" in (point.axes or ()) for point in self.hook_dict.values()):
+            n_few = length  # how many of these a text has, the model knows
+        few = torch.ones((2, n_few), dtype=torch.long, device=self.device)
         if mask is not None:
             few[1, 0] = 0
         with torch.no_grad():

@@ -235,7 +235,8 @@ def _of_attention(
         return attn.scores(q, k, scale, _allowed(attn, q, k, ctx), ctx)
 
     def pattern(t: Tensors, ctx: Context) -> Tensor:
-        return math.attention_pattern(scores(t, ctx), attn.live("sinks"))
+        pattern = math.attention_pattern(scores(t, ctx), attn.live("sinks"))
+        return pattern.to(t[f"{name}.hook_{rot}q"].dtype)
 
     return {f"{name}.hook_attn_scores": scores, f"{name}.hook_pattern": pattern}
 

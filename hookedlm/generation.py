@@ -70,6 +70,15 @@ class Generator(PreTrainedModel, GenerationMixin):
         known = self.hooked[0].driver.preparer.accepts
         super()._validate_model_kwargs({n: x for n, x in model_kwargs.items() if n not in known})
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        own, known = self.hooked[0]._outside[0], self.hooked[0].driver.preparer.accepts - OURS
+        update = super()._update_model_kwargs_for_generation
+        if isinstance(own, GenerationMixin) and known & model_kwargs.keys() - {"position_ids"}:
+            update = own._update_model_kwargs_for_generation  # it knows how its inputs grow
+        return update(outputs, model_kwargs, *args, **kwargs)
+
 
 class GenerationMethods:
     """`generate`."""

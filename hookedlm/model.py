@@ -18,6 +18,7 @@ from hookedlm.errors import InputError
 from hookedlm.generation import GenerationMethods
 from hookedlm.hooks import HookPoint
 from hookedlm.inputs import Input, InputMethods, Stream, Tokens
+from hookedlm.interventions.intervening import InterveneMethods
 from hookedlm.layers.bert import BertMLMHead
 from hookedlm.layers.block import AttentionBranch
 from hookedlm.layers.embed import Embed, PosEmbed, TokenTypeEmbed, Unembed
@@ -30,6 +31,7 @@ from hookedlm.pretrained import PretrainedMethods
 from hookedlm.processing import ProcessingMethods
 from hookedlm.root import HookedRootModule
 from hookedlm.samples import SampleMethods
+from hookedlm.single import SingleRunMethods
 from hookedlm.tokens import TokenMethods
 from hookedlm.toy import build_layers, init_weights
 from hookedlm.weights import WeightMethods
@@ -51,11 +53,13 @@ class HookedTransformer(
     PretrainedMethods,
     ProcessingMethods,
     CachingMethods,
+    SingleRunMethods,
     GenerationMethods,
     SampleMethods,
     InputMethods,
     EmbedsMethods,
     LentMethods,
+    InterveneMethods,
     TokenMethods,
     WeightMethods,
     PlacingMethods,
@@ -98,7 +102,7 @@ class HookedTransformer(
             self.hook_tokens = HookPoint("batch pos", shares=True)
         self.embed: Embed | None = layers.embed
         if vars(preparer).get("shows_embed", True):
-            self.hook_embed = HookPoint(STREAM, shares=True)
+            self.hook_embed = HookPoint(vars(layers).get("stream_axes", STREAM), shares=True)
         self.pos_embed: PosEmbed | None = layers.pos_embed
         if layers.pos_embed is not None:
             self.hook_pos_embed = HookPoint(STREAM, shares=True)

@@ -60,6 +60,34 @@ def heatmap(
     return figure.update_layout(title=title, template="plotly_white", **layout)
 
 
+def heatmaps(
+    values: Float[Tensor, "panel row column"],
+    names: Labels,
+    x: Labels | None = None,
+    y: Labels | None = None,
+    title: str = "",
+    xaxis: str = "",
+    yaxis: str = "",
+    zmid: float | None = 0.0,
+    **layout: Any,
+) -> go.Figure:
+    """Several heatmaps side by side, on one scale of colours. ``names`` stand above them; the rest is
+    as in `heatmap`."""
+    grids = _numbers(values)
+    if grids.ndim != 3:
+        raise InputError(f"heatmaps show [panel, row, column], got shape {tuple(grids.shape)}")
+    titles = [str(name) for name in _of_length("names", names, len(grids))]
+    figure = _make_subplots()(1, len(grids), subplot_titles=titles, shared_yaxes=True)
+    for column, grid in enumerate(grids, start=1):
+        panel = heatmap(grid, x, y, xaxis=xaxis, yaxis=yaxis if column == 1 else "")
+        trace = panel.data[0].update(coloraxis="coloraxis", colorbar=None)
+        figure.add_trace(trace, row=1, col=column)
+        figure.update_xaxes(panel.layout.xaxis, row=1, col=column)
+        figure.update_yaxes(panel.layout.yaxis, row=1, col=column)
+    figure.update_layout(coloraxis={"colorscale": "RdBu", "cmid": zmid})
+    return figure.update_layout(title=title, template="plotly_white", **layout)
+
+
 def line(
     values: Float[Tensor, "*series x"],
     x: Labels | None = None,
@@ -110,6 +138,13 @@ def _graph_objects() -> Any:
     except ImportError as error:
         raise ImportError("figures need plotly: pip install hookedlm[plots]") from error
     return plotly.graph_objects
+
+
+def _make_subplots() -> Any:
+    _graph_objects()
+    from plotly.subplots import make_subplots
+
+    return make_subplots
 
 
 def _numbers(values: Any) -> Tensor:

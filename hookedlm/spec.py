@@ -43,7 +43,8 @@ class AttentionSpec:
     values. ``z_norm`` and ``gate``: what stands between the weighted values and ``W_O``.
     ``temperature``: queries are scaled by their position, in a way of this name. ``stores_keys``,
     ``reuses_keys``: under which name this layer's keys and values are left for later layers, or
-    those of an earlier one are taken instead of its own.
+    those of an earlier one are taken instead of its own. ``scores32``: scores and their softmax in
+    float32, whatever the model computes in.
     """
 
     n_heads: int
@@ -66,6 +67,7 @@ class AttentionSpec:
     temperature: str | None = None
     stores_keys: str | None = None
     reuses_keys: str | None = None
+    scores32: bool = False
 
     @property
     def longhand(self) -> bool:
@@ -94,12 +96,14 @@ class LatentAttentionSpec(AttentionSpec):
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """A dense MLP: plain, gated, or SoLU with a LayerNorm behind the activation."""
+    """A dense MLP: plain, gated, or SoLU with a LayerNorm behind the activation. ``limit``: both
+    branches of a gated one are clamped there, and one is added to the linear branch."""
 
     d_mlp: int
     gated: bool
     act: str
     act_norm: NormSpec | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ class MoESpec:
     """A mixture of experts; the rule of routing is its router's own.
 
     ``scale`` multiplies what the picked experts write, ``divisor`` divides that and the shared
-    experts. ``d_shared``: neurons of the shared experts together.
+    experts. ``d_shared``: neurons of the shared experts together. ``weighted_input``: the router's
+    weights multiply what experts read, not what they write.
     """
 
     n_experts: int
@@ -118,6 +123,7 @@ class MoESpec:
     scale: float = 1.0
     divisor: float = 1.0
     d_shared: int | None = None
+    weighted_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ class BlockSpec:
     ``residual_scale`` multiplies what attention and MLP add (the MLP's is ``mlp_residual_scale``
     where it differs), ``keep`` the stream that they add it to, ``post_scale`` the stream at the
     end. ``per_layer_input``: a third branch reads what the token says to this layer.
-    ``shared_norm``: both branches of a parallel block read the same norm.
+    ``shared_norm``: both branches of a parallel block read the same norm. ``stream32``: a mixer's
+    block keeps the stream in float32, whatever its weights are in.
     """
 
     layout: Layout = "sequential"
@@ -161,6 +168,7 @@ class BlockSpec:
     per_layer_input: bool = False
     branches_first: bool = True
     shared_norm: bool = False
+    stream32: bool = False
 
     def scale_of(self, kind: str) -> float:
         """What multiplies the output of "attn" or "mlp" before it is added."""

@@ -307,11 +307,17 @@ class TokenMethods:
         truncate: bool,
     ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
         """Tokens and mask on the CPU."""
+        rows = self._encode_ragged(input, prepend_bos, truncate)
+        return padded(rows, self.pad_token_id, self._side(padding_side))
+
+    def _encode_ragged(
+        self, input: str | Sequence[str], prepend_bos: bool | None, truncate: bool
+    ) -> list[list[int]]:
+        """The ids of each text."""
         tokenizer = self._the_tokenizer("text input")
         texts = [input] if isinstance(input, str) else list(input)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"a text or a list of texts is needed, got {input!r}")
-        side = self._side(padding_side)
         prepend = prepend_bos
         if prepend is None and tokenizer.bos_token_id is not None:
             prepend = self.cfg.default_prepend_bos
@@ -325,7 +331,7 @@ class TokenMethods:
             warnings.warn(
                 f"{sum(excess)} tokens cut off the end of {sum(map(bool, excess))} of {len(rows)} "
                 f"texts: the model reads {n_ctx} (truncate=False keeps them)",
-                stacklevel=3,
+                stacklevel=4,
             )
             # What the tokenizer adds at the end stays: the text is what gets shorter.
             kept = [
@@ -333,7 +339,7 @@ class TokenMethods:
             ]
             rows = [with_bos(tokenizer, body, prepend, prefix, suffix)[:n_ctx] for body in kept]
         self._check_known(rows)
-        return padded(rows, self.pad_token_id, side)
+        return rows
 
     def _check_known(self, rows: list[list[int]]) -> None:
         """Raise TokenizerError for an id that the model has no embedding for."""

@@ -14,6 +14,7 @@ from hookedlm.errors import InputError, WeightError
 from hookedlm.factored_matrix import FactoredMatrix, widened
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.attention_math import repeat_heads
+from hookedlm.layers.bert import Project
 from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm, Same, Times
@@ -210,7 +211,7 @@ class WeightMethods:
 
     def _renormed_bias(self: HookedTransformer, step: Renorm, total: Tensor) -> Tensor:
         norm = self.mod_dict[step.name]
-        if isinstance(norm, (Same, Times)):
+        if isinstance(norm, (Same, Times, Project)):
             return norm(total)
         if not isinstance(norm, Norm) or total.any():
             raise InputError(f"{step.name} norms the stream, biases included. {NO_CONSTANT}")

@@ -1,4 +1,5 @@
-"""The hook points that a block of a given make has, and the axes their tensors must have.
+"""The hook points that a block of a given make has, the axes their tensors must have, and whether
+edits of them count.
 
 A parallel block has no stream between its branches, a layer without rotation no rotated queries, a
 block whose family norms only what a branch writes no norm before it. Nothing else may be missing.
@@ -9,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from hookedlm import HookedTransformer
+from hookedlm.hooks import HookPoint
 from hookedlm.layers.attention import Attention
 from hookedlm.layers.latent import LatentAttention
 from hookedlm.layers.mlp import MLP, GatedMLP
@@ -112,3 +115,39 @@ def sizes_in(model: HookedTransformer, name: str) -> dict[str, int]:
     if ".shared." not in name:
         sizes["d_mlp"] = mlp.spec.d_mlp
     return sizes
+
+
+def said(error: BaseException) -> str:
+    """An exception on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def dead(model: HookedTransformer, tokens: Tensor) -> list[str]:
+    """Hook points that do not fire once with their axes, or whose edit leaves the logits alone."""
+    logits = model(tokens)
+    whys = {name: why_dead(model, name, tokens, logits) for name in model.hook_dict}
+    return [f"{name} ({why})" for name, why in whys.items() if why]
+
+
+def why_dead(model: HookedTransformer, name: str, tokens: Tensor, logits: Tensor) -> str:
+    """What is wrong with one hook point; "" if nothing is."""
+    shapes: list[torch.Size] = []
+
+    def edit(x: Tensor, hook: HookPoint) -> Tensor:
+        shapes.append(x.shape)
+        if not x.is_floating_point():
+            return x
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x.dtype)
+        edited = x + 0.7 * noise * (1 + x.abs().nan_to_num(0, 0, 0))
+        return torch.where(torch.isfinite(x), edited, x)
+
+    try:
+        edited = model.run_with_hooks(tokens, fwd_hooks=[(name, edit)])
+    except Exception as error:
+        return said(error)
+    axes = model.hook_dict[name].axes
+    if len(shapes) != 1:
+        return f"fired {len(shapes)} times"
+    if axes is None or len(shapes[0]) != len(axes):
+        return f"{tuple(shapes[0])} for axes {axes}"
+    return "no effect" if torch.equal(edited, logits) else ""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
+from hook_sets import dead, said
 from sizes import IDS, VOCAB, merged, sizes_of, variants_of
 from tiny import perturb, quiet_transformers
 from torch import Tensor
@@ -38,10 +41,14 @@ class Result:
     variant: str
     crash: str = ""
     opaque: list[str] = field(default_factory=list)
+    halved: list[str] = field(default_factory=list)
+    """Parts that have another form in bfloat16 than in float32."""
     forms: list[str] = field(default_factory=list)
     points: list[str] = field(default_factory=list)
     dead: list[str] = field(default_factory=list)
     numbers: dict[str, float | str] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
+    """How far Hugging Face's own float32 is from its float64, where a number is that large."""
     generation: dict[str, bool | str] = field(default_factory=dict)
 
     @property
@@ -53,36 +60,53 @@ class Result:
         """Everything that is not as it should be, a text each."""
         if self.crash:
             return [self.crash]
-        limits = {"processing": 10 * KEPT, "bfloat16": 0.2}
+        limits = {what: 2 * each for what, each in self.rounding.items()}  # two runs differ by both
+        for what, limit in {"processing": KEPT, "bfloat16": 0.2}.items():
+            limits[what] = max(limit, limits.get(what, 0.0))
         found = []
         for what, error in self.numbers.items():
             if isinstance(error, str):
                 found += [] if error.startswith((REFUSED, THEIRS)) else [f"{what}: {error}"]
-            elif not error <= limits.get(what, CLOSE):
+            elif not error <= max(CLOSE, limits.get(what, 0.0)):
                 found.append(f"{what} {error:.0e}")
         found += [f"{how}: {same}" for how, same in self.generation.items() if same is not True]
+        found += [f"in bfloat16 {part}" for part in self.halved]
         if self.dead:
             found.append(f"{len(self.dead)} hooks: {', '.join(self.dead[:3])}")
         return found
 
 
 def config_of(kind: str, variant: str = "base") -> Any:
-    """A small configuration; of a variant, with as many of its options as the type takes."""
-    base = IDS | sizes_of(kind)
-    options = {} if variant == "base" else variants_of(kind)[variant]
+    """A small configuration; of a variant, with those of its options that transformers runs."""
     with quiet_transformers():
-        for _ in range(len(options) + 1):
-            try:
-                config = AutoConfig.for_model(kind, **merged(base, options))
-                if options:  # some refuse only when they are built
-                    with torch.device("meta"):
-                        AutoModelForCausalLM.from_config(config)
-                return config
-            except Exception:
-                if not options:
-                    raise
-                options = dict(list(options.items())[:-1])
-    raise AssertionError("unreachable")
+        return AutoConfig.for_model(kind, **merged(IDS | sizes_of(kind), options_of(kind, variant)))
+
+
+@cache
+def options_of(kind: str, variant: str) -> dict[str, Any]:
+    """A variant's options, without those with which plain Hugging Face cannot be built or run."""
+    if variant == "base":
+        return {}
+    options = variants_of(kind)[variant]
+    if runs(kind, options):
+        return options
+    kept: dict[str, Any] = {}
+    for key, value in options.items():
+        if runs(kind, kept | {key: value}):
+            kept[key] = value
+    return kept
+
+
+@torch.no_grad()
+def runs(kind: str, options: dict[str, Any]) -> bool:
+    """Whether plain Hugging Face builds this configuration and has logits for tokens."""
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            config = AutoConfig.for_model(kind, **merged(IDS | sizes_of(kind), options))
+            model = AutoModelForCausalLM.from_config(config).eval()
+            return bool(model(tokens_for(model)).logits.shape)
+    except Exception:  # whatever it raises, nothing could be compared
+        return False
 
 
 def model_of(kind: str, variant: str = "base", dtype: torch.dtype = torch.float32) -> Any:
@@ -107,15 +131,18 @@ def measure(kind: str, variant: str = "base") -> Result:
             mine, logits = ours(tokens), theirs(tokens).logits
             result.numbers["float32"] = _error(mine, logits)
         except Exception as error:
-            result.crash = _said(error)
+            result.crash = said(error)
             return result
         _parts(result, ours)
         _try(result, "padded", lambda: padded_error(theirs, ours, tokens))
-        _try(result, "bfloat16", lambda: bfloat16_error(kind, variant, tokens))
-        _hooks(result, ours, tokens, mine)
+        _try(result, "bfloat16", lambda: bfloat16_error(result, ours, tokens))
+        _try(result, "listening", lambda: listening_error(ours, tokens, logits))
+        result.dead = dead(ours, tokens)
         _try(result, "decomposition", lambda: decomposition_error(ours, tokens, full=False))
         _try(result, "full decomposition", lambda: decomposition_error(ours, tokens, full=True))
         _try(result, "processing", lambda: processing_error(kind, theirs, ours, tokens))
+        if result.troubles():
+            result.rounding = rounding_of(theirs, tokens, logits)
         _generation(result, theirs, ours, tokens[:1])
     return result
 
@@ -137,15 +164,11 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-9))
 
 
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def _try(result: Result, what: str, error: Callable[[], float]) -> None:
     try:
         result.numbers[what] = error()
     except Exception as failed:
-        text = _said(failed)
+        text = said(failed)
         result.numbers[what] = (
             text.removeprefix("NotImplementedError: ") if THEIRS in text else text
         )
@@ -173,38 +196,45 @@ def _own_positions(model: Any) -> bool:
     )
 
 
-def bfloat16_error(kind: str, variant: str, tokens: Tensor) -> float:
-    """The error of the median position: routers may fall another way at single ones."""
-    theirs = model_of(kind, variant, torch.bfloat16)
+def bfloat16_error(result: Result, ours: HookedTransformer, tokens: Tensor) -> float:
+    """The error of the median position: routers may fall another way at single ones. Told besides:
+    parts that are not in bfloat16 what they are in float32."""
+    theirs = model_of(result.kind, result.variant, torch.bfloat16)
     try:
         logits = theirs(tokens).logits.float()
     except RuntimeError as error:
-        raise NotImplementedError(f"{THEIRS}{_said(error)}") from error
-    mine = hookedlm.load(theirs)(tokens).float()
+        raise NotImplementedError(f"{THEIRS}{said(error)}") from error
+    half = hookedlm.load(theirs)
+    result.halved = other_forms(half, ours)
+    mine = half(tokens).float()
     worst = (mine - logits).abs().amax(-1).flatten().median()
     return float(worst / logits.abs().max().clamp(min=1e-9))
 
 
-def _hooks(result: Result, ours: HookedTransformer, tokens: Tensor, logits: Tensor) -> None:
-    """Every point fires, and an edit of it changes the logits."""
-    for name in result.points:
-        fired = []
+def other_forms(ours: HookedTransformer, other: HookedTransformer) -> list[str]:
+    """Parts of a model that have another form than the same part of another model."""
+    forms = {part.where: part.form for part in other.fidelity().parts}
+    return [
+        f"{part.where} is {part.form} ({part.reason})"
+        for part in ours.fidelity().parts
+        if forms.get(part.where) != part.form
+    ]
 
-        def edit(x: Tensor, hook: Any, fired: list[bool] = fired) -> Tensor:
-            fired.append(True)
-            if not x.is_floating_point():
-                return x
-            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x.dtype)
-            edited = x + 0.7 * noise * (1 + x.abs().nan_to_num(0, 0, 0))
-            return torch.where(torch.isfinite(x), edited, x)
 
-        try:
-            changed = not torch.equal(ours.run_with_hooks(tokens, fwd_hooks=[(name, edit)]), logits)
-        except Exception as error:
-            result.dead.append(f"{name} ({_said(error)})")
-            continue
-        if not changed:
-            result.dead.append(f"{name} ({'no effect' if fired else 'never fired'})")
+def listening_error(ours: HookedTransformer, tokens: Tensor, logits: Tensor) -> float:
+    """How far logits are from Hugging Face's while every point is observed."""
+    found, _ = ours.run_with_cache(tokens, names_filter=list(ours.hook_dict))
+    return _error(found, logits)
+
+
+def rounding_of(theirs: Any, tokens: Tensor, logits: Tensor) -> dict[str, float]:
+    """How far Hugging Face's float32 is from its own float64; nothing where it has none."""
+    try:
+        exact = copy.deepcopy(theirs).double()(tokens).logits
+    except Exception:  # some kernels and masks have no float64
+        return {}
+    nats_of = (exact.log_softmax(-1) - logits.double().log_softmax(-1)).abs().max()
+    return {"listening": _error(logits.double(), exact), "processing": float(nats_of)}
 
 
 def decomposition_error(ours: HookedTransformer, tokens: Tensor, full: bool) -> float:
@@ -219,8 +249,7 @@ def processing_error(kind: str, theirs: Any, ours: HookedTransformer, tokens: Te
     """How far the classic door's processing moves log-probabilities."""
     processed = HookedTransformer.from_pretrained(kind, hf_model=theirs)
     before, after = (model(tokens).log_softmax(-1) for model in (ours, processed))
-    wide = max(1.0, float(before.abs().mean()) / 10)
-    return float((after - before).abs().max()) / wide
+    return float((after - before).abs().max())
 
 
 def _generation(result: Result, theirs: Any, ours: HookedTransformer, tokens: Tensor) -> None:
@@ -244,7 +273,7 @@ def _generation(result: Result, theirs: Any, ours: HookedTransformer, tokens: Te
                 same = torch.equal(told, theirs.generate(tokens, **how))
             result.generation[name] = bool(same)
         except Exception as error:
-            result.generation[name] = _said(error)
+            result.generation[name] = said(error)
 
 
 def nats(error: float | str) -> str:

@@ -128,7 +128,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     },
     "dots3_note": {
         "text_config": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
-        "num_key_value_heads": 4,
+        "vision_config": {
+            "mlp_layer_types": ["dense"] * 4, "adapter_in_dim": 32, "adapter_out_dim": 32,
+        },
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
     },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {
@@ -187,9 +190,9 @@ FLIPPED = (
     "attention_bias", "mlp_bias", "use_bias", "bias", "enable_bias", "use_qkv_bias", "lm_head_bias",
     "add_bias_linear", "tie_word_embeddings", "norm_topk_prob", "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx", "do_layer_norm_before", "parallel_attn",
-    "use_parallel_residual", "multi_query", "new_decoder_architecture", "alibi", "qk_layernorm",
-    "use_qk_norm", "mup_enabled", "scale_embedding", "use_sliding_window", "attention_k_eq_v",
-    "attn_temperature_tuning", "enable_moe_fp32_combine",
+    "use_parallel_residual", "multi_query", "alibi", "qk_layernorm", "use_qk_norm", "mup_enabled",
+    "scale_embedding", "use_sliding_window", "attention_k_eq_v", "attn_temperature_tuning",
+    "enable_moe_fp32_combine",
     "apply_residual_connection_post_layernorm",
 )  # fmt: skip
 """Options that the second configuration of a type turns over."""
@@ -212,6 +215,7 @@ CHANGED: dict[str, Any] = {
     "attn_logit_softcapping": 2.0,
     "partial_rotary_factor": 0.5,
     "clip_qkv": 0.5,
+    "new_decoder_architecture": True,
     "moe_num_shared_experts": 0,
     "num_shared_experts": 1,
 }

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from encoders import check_edit, check_stream_is_a_sum, close, drawn, edited, without
 from transformers import (
     HubertConfig,
     HubertForCTC,
@@ -84,15 +85,8 @@ both_layouts = pytest.mark.parametrize("kind", [POST, PRE], ids=name_of)
 def speech(kind, **more) -> torch.nn.Module:
     """A random speech encoder in which no weight is a one or a zero."""
     cls, config, stable, norm = kind
-    generator = torch.Generator().manual_seed(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options = SIZES | dict(do_stable_layer_norm=stable, feat_extract_norm=norm) | more
-        model = cls(config(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
+    options = SIZES | dict(do_stable_layer_norm=stable, feat_extract_norm=norm) | more
+    return drawn(lambda: cls(config(**options)))
 
 
 @cache
@@ -289,24 +283,18 @@ def test_every_hook_fires_and_its_edit_counts(kind, name):
     _, model = pair(kind)
     sizes = dict(batch=2, pos=9, key_pos=9, head=4, kv_head=4, d_head=8, d_model=32, d_mlp=48)
     sizes |= {"d_vocab": 11, "d_conv": 10, "1": 1}
-    seen = []
+    waves = [wave.numpy() for wave in SAMPLES]
 
-    def edit(x, hook):
-        seen.append(tuple(x.shape))
-        return torch.where(torch.isfinite(x), x * 1.7 + 0.3 * torch.sign(x), x)
+    def run(hooks):
+        return model.run_with_hooks(waves, return_type="logits", fwd_hooks=hooks)
 
     def in_place(x, hook):
-        x.copy_(edit(x, hook))
+        x.copy_(edited(x))
 
-    waves = [wave.numpy() for wave in SAMPLES]
     with torch.no_grad():
-        before = model(waves, return_type="logits")
-        after = model.run_with_hooks(waves, return_type="logits", fwd_hooks=[(name, edit)])
-        again = model.run_with_hooks(waves, return_type="logits", fwd_hooks=[(name, in_place)])
-    assert seen == [tuple(sizes[axis] for axis in model.hook_dict[name].axes)] * 2
-    assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, again)
-    assert torch.equal(model(waves, return_type="logits"), before)  # nothing stayed
+        after = run([(name, lambda x, hook: edited(x))])
+        torch.testing.assert_close(after, run([(name, in_place)]))
+    check_edit(model, name, tuple(sizes[axis] for axis in model.hook_dict[name].axes), run)
 
 
 @both_layouts
@@ -363,11 +351,6 @@ def test_names_that_are_not_there():
 # Parts that add up --------------------------------------------------------------------------------
 
 
-def close(parts: torch.Tensor, whole: torch.Tensor) -> None:
-    error = (parts.double() - whole.double()).norm() / whole.double().norm()
-    assert error <= 1e-5, f"{error:.1e}"
-
-
 @both_layouts
 @pytest.mark.parametrize("batched", [True, False])
 def test_the_stream_is_a_sum(kind, batched):
@@ -378,28 +361,10 @@ def test_the_stream_is_a_sum(kind, batched):
         _, cache = model.run_with_cache(
             given[rows], one_zero_attention_mask=mask[rows], remove_batch_dim=not batched
         )
-    mid = ("resid_mid",) if kind is PRE else ("normalized", "ln1")
     end = "hook_resid_post" if kind is PRE else "hook_normalized_resid_post"
-    for layer in range(4):
-        for mlp_input in (False, True)[: 1 if layer == 3 else 2]:
-            whole = cache[f"blocks.2.{end}"] if layer == 3 else cache["resid_pre", layer]
-            if mlp_input:
-                whole = cache[(mid[0], layer, *mid[1:])]
-            close(cache.decompose_resid(layer, mlp_input).sum(0), whole)
-            close(cache.get_full_resid_decomposition(layer, mlp_input).sum(0), whole)
-            close(cache.accumulated_resid(layer, mlp_input=mlp_input)[-1], whole)
-        if layer:
-            close(
-                cache.stack_head_results(layer, incl_remainder=True).sum(0),
-                cache.accumulated_resid(layer)[-1],
-            )
+    check_stream_is_a_sum(model, cache, f"blocks.2.{end}", pre_norm=kind is PRE)
     labels = cache.decompose_resid(return_labels=True)[1]
     assert labels[:4] == ["embed", "pos_embed", "0_attn_out", "0_mlp_out"]
-    for layer in range(3):
-        heads = cache["result", layer].sum(-2) + model.blocks[layer].attn.b_O
-        close(heads.detach(), cache["attn_out", layer])
-        neurons = cache.get_neuron_results(layer).sum(-2) + model.blocks[layer].mlp.b_out
-        close(neurons.detach(), cache["mlp_out", layer])
 
 
 def test_a_pre_norm_stream_is_a_plain_sum():
@@ -609,14 +574,6 @@ def test_a_pretraining_checkpoint_is_its_encoder(tmp_path):
         truth = theirs.base_model(SAMPLES).last_hidden_state
         assert torch.equal(model(model.frames_of(SAMPLES)), truth)
     assert model.unembed is None
-
-
-def without(folder, word: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "model.safetensors"
-    kept = {name: x for name, x in load_file(file).items() if word not in name}
-    save_file(kept, file, {"format": "pt"})
 
 
 def test_checkpoints_without_some_of_their_weights(tmp_path):

@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
+from encoders import check_edit, check_stream_is_a_sum, drawn, without
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForNextSentencePrediction,
     BertForPreTraining,
-    BertModel,
     BertTokenizerFast,
 )
 
@@ -46,14 +46,7 @@ TYPES = torch.tensor([[0] * 4 + [1] * 5, [0] * 3 + [1] * 6])
 
 def bert(kind=BertForPreTraining, **more) -> torch.nn.Module:
     """A random BERT in which no weight is a one or a zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = kind(BertConfig(**SIZES | more)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return drawn(lambda: kind(BertConfig(**SIZES | more)))
 
 
 @pytest.fixture(scope="module")
@@ -213,18 +206,11 @@ def test_every_hook_fires_and_its_edit_counts(model, name):
     axes = model.hook_dict[name].axes
     sizes = dict(batch=2, pos=9, key_pos=9, head=4, kv_head=4, d_head=8, d_model=32, d_mlp=48)
     sizes |= {"d_vocab": 60, "choice": 2, "1": 1}
-    seen = []
 
-    def edit(x, hook):
-        seen.append(tuple(x.shape))
-        return torch.where(torch.isfinite(x), x * 1.7 + 0.3 * torch.sign(x), x)
+    def run(hooks):
+        return model.run_with_hooks(TOKENS, return_type=answer, fwd_hooks=hooks)
 
-    with torch.no_grad():
-        before = model(TOKENS, return_type=answer)
-        after = model.run_with_hooks(TOKENS, return_type=answer, fwd_hooks=[(name, edit)])
-    assert seen == [tuple(sizes[axis] for axis in axes)]
-    assert not torch.allclose(before, after)
-    assert torch.equal(model(TOKENS, return_type=answer), before)  # nothing stayed
+    check_edit(model, name, tuple(sizes[axis] for axis in axes), run)
 
 
 def test_listening_changes_nothing(model):
@@ -270,38 +256,13 @@ def test_a_misspelt_hook(model):
 # Parts that add up --------------------------------------------------------------------------------
 
 
-def close(parts: torch.Tensor, whole: torch.Tensor) -> None:
-    error = (parts.double() - whole.double()).norm() / whole.double().norm()
-    assert error <= 1e-5, f"{error:.1e}"
-
-
 @pytest.mark.parametrize("batched", [True, False])
 def test_the_stream_is_a_sum(model, batched):
     with torch.no_grad():
         _, cache = model.run_with_cache(TOKENS[: 2 if batched else 1], remove_batch_dim=not batched)
-    for layer in range(4):
-        for mlp_input in (False, True)[: 1 if layer == 3 else 2]:
-            if layer == 3:
-                whole = cache["blocks.2.hook_normalized_resid_post"]
-            else:
-                whole = (
-                    cache["normalized", layer, "ln1"] if mlp_input else cache["resid_pre", layer]
-                )
-            close(cache.decompose_resid(layer, mlp_input).sum(0), whole)
-            close(cache.get_full_resid_decomposition(layer, mlp_input).sum(0), whole)
-            close(cache.accumulated_resid(layer, mlp_input=mlp_input)[-1], whole)
-        if layer:
-            close(
-                cache.stack_head_results(layer, incl_remainder=True).sum(0),
-                cache.accumulated_resid(layer)[-1],
-            )
+    check_stream_is_a_sum(model, cache, "blocks.2.hook_normalized_resid_post")
     labels = cache.decompose_resid(return_labels=True)[1]
     assert labels[:4] == ["embed", "pos_embed", "token_type_embed", "0_attn_out"]
-    for layer in range(3):
-        heads = cache["result", layer].sum(-2) + model.blocks[layer].attn.b_O
-        close(heads.detach(), cache["attn_out", layer])
-        neurons = cache.get_neuron_results(layer).sum(-2) + model.blocks[layer].mlp.b_out
-        close(neurons.detach(), cache["mlp_out", layer])
 
 
 def test_logits_are_no_sum(model):
@@ -394,12 +355,8 @@ def test_checkpoint_folders(kind, tokenizer, tmp_path):
 
 
 def test_a_checkpoint_without_its_weights(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     bert().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    weights = {k: v for k, v in load_file(file).items() if "layer.1.output.dense" not in k}
-    save_file(weights, file, {"format": "pt"})
+    without(tmp_path, "layer.1.output.dense")
     with pytest.raises(LoadError, match=r"layer\.1\.output\.dense"):
         HookedEncoder.from_pretrained(str(tmp_path))
 
@@ -417,12 +374,6 @@ def test_what_is_no_encoder(tmp_path):
         HookedEncoder.from_pretrained("x", hf_model=bert(BertForMaskedLM, is_decoder=True))
     with pytest.raises(LoadError):
         HookedEncoder.from_pretrained(str(tmp_path / "nowhere"))
-
-
-def test_a_bare_model_has_no_heads():
-    theirs = bert(BertModel, is_decoder=False)
-    with pytest.raises(ConversionError, match="not built as expected"):
-        HookedEncoder.from_pretrained("x", hf_model=theirs)
 
 
 def test_from_a_config():

@@ -10,15 +10,26 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import word_tokenizer
+from encoders import check_edit, without
 from tiny import perturb, quiet_transformers, tinies
 from transformers import (
     BartConfig,
     BartForCausalLM,
     BartForConditionalGeneration,
+    BlenderbotConfig,
+    BlenderbotForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
     MBartConfig,
     MBartForConditionalGeneration,
     MT5Config,
     MT5ForConditionalGeneration,
+    MvpConfig,
+    MvpForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    PLBartConfig,
+    PLBartForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
@@ -73,6 +84,10 @@ BART_SIZES = dict(
 )
 T5 = (T5ForConditionalGeneration, T5Config, T5_SIZES)
 BART = (BartForConditionalGeneration, BartConfig, BART_SIZES)
+MARIAN = (MarianMTModel, MarianConfig, BART_SIZES)
+BLENDERBOT = (BlenderbotForConditionalGeneration, BlenderbotConfig, BART_SIZES)
+PEGASUS = (PegasusForConditionalGeneration, PegasusConfig, BART_SIZES)
+SCALED = {"scale_embedding": True, "activation_function": "relu"}
 KINDS = {
     "t5": (*T5, {}),
     "t5-gated": (*T5, {"feed_forward_proj": "gated-gelu"}),
@@ -80,8 +95,17 @@ KINDS = {
     "mt5": (MT5ForConditionalGeneration, MT5Config, T5_SIZES, {}),
     "umt5": (UMT5ForConditionalGeneration, UMT5Config, T5_SIZES, {}),
     "bart": (*BART, {}),
-    "bart-scaled": (*BART, {"scale_embedding": True, "activation_function": "relu"}),
+    "bart-scaled": (*BART, SCALED),
     "mbart": (MBartForConditionalGeneration, MBartConfig, BART_SIZES, {}),
+    "plbart": (PLBartForConditionalGeneration, PLBartConfig, BART_SIZES, SCALED),
+    "mvp": (MvpForConditionalGeneration, MvpConfig, BART_SIZES, {}),
+    "mvp-scaled": (MvpForConditionalGeneration, MvpConfig, BART_SIZES, SCALED),
+    "marian": (*MARIAN, {}),
+    "marian-scaled": (*MARIAN, SCALED),
+    "blenderbot": (*BLENDERBOT, {}),
+    "blenderbot-scaled": (*BLENDERBOT, SCALED),
+    "pegasus": (*PEGASUS, {}),
+    "pegasus-scaled": (*PEGASUS, SCALED),
 }
 GENERATOR = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(3, 96, (2, 9), generator=GENERATOR)
@@ -405,7 +429,7 @@ def test_names_of_bart():
 def every_point() -> list[tuple[str, str]]:
     return [
         (name, point)
-        for name in ("t5", "umt5", "bart", "mbart")
+        for name in ("t5", "umt5", "bart", "mbart", "marian", "pegasus")
         for point in model_of(name).hook_dict
         if not point.startswith(("encoder.1", "decoder.2"))
     ]
@@ -418,18 +442,11 @@ def test_every_hook_fires_and_its_edit_counts(name, point):
     sizes = dict(batch=2, head=4, kv_head=4, d_head=6 if "t5" in name else 8, d_model=32)
     sizes |= {"d_mlp": 48, "d_vocab": 96, "1": 1, "pos": 9 if of_encoder else 5}
     sizes["key_pos"] = 9 if of_encoder or "cross_attn" in point else 5
-    seen = []
 
-    def edit(x, hook):
-        seen.append(tuple(x.shape))
-        return torch.where(torch.isfinite(x), x * 1.7 + 0.3 * torch.sign(x), x)
+    def run(hooks):
+        return model.run_with_hooks(TOKENS, SAID, fwd_hooks=hooks)
 
-    with torch.no_grad():
-        before = model(TOKENS, SAID)
-        after = model.run_with_hooks(TOKENS, SAID, fwd_hooks=[(point, edit)])
-        assert torch.equal(model(TOKENS, SAID), before)  # nothing stayed
-    assert seen == [tuple(sizes[axis] for axis in model.hook_dict[point].axes)]
-    assert not torch.allclose(before, after)
+    check_edit(model, point, tuple(sizes[x] for x in model.hook_dict[point].axes), run)
 
 
 @each_family
@@ -493,7 +510,7 @@ def test_on_demand_points_and_their_flags():
     _, cache = model.run_with_cache(TOKENS, SAID)
     assert not any(f"decoder.0.{point}" in cache for point in on_demand)
     for flag in ("attn_result", "split_qkv_input", "attn_in", "hook_mlp_in"):
-        vars(type(model))[f"set_use_{flag}"](model, True)
+        getattr(model, f"set_use_{flag}")(True)
     _, cache = model.run_with_cache(TOKENS, SAID)
     assert all(f"decoder.0.{point}" in cache for point in on_demand)
 
@@ -742,15 +759,19 @@ def test_sampling_draws_from_the_distribution(model):
 # Doors --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["t5", "t5-unscaled", "umt5", "bart", "mbart"])
+@pytest.mark.parametrize(
+    "name",
+    ["t5", "t5-unscaled", "umt5", "bart", "mbart", "plbart", "mvp", "marian", "blenderbot"],
+)
 def test_checkpoint_folders(name, tmp_path):
     theirs = theirs_of(name)
     theirs.save_pretrained(tmp_path / "tiny")
     word_tokenizer().save_pretrained(tmp_path / "tiny")
     model = HookedEncoderDecoder.from_pretrained(str(tmp_path / "tiny"), device="cpu")
     assert model.cfg.model_name == "tiny"
+    again = type(theirs).from_pretrained(tmp_path / "tiny")  # which makes Marian's sinusoids anew
     with torch.no_grad():
-        close(model(TOKENS, SAID), theirs(TOKENS, decoder_input_ids=SAID).logits)
+        close(model(TOKENS, SAID), again(TOKENS, decoder_input_ids=SAID).logits)
     assert isinstance(model.generate("the cat", verbose=False, eos_token_id=2), str)
 
 
@@ -775,12 +796,8 @@ def test_half_precision_is_cast_as_a_whole(tmp_path):
 
 
 def test_a_checkpoint_without_its_weights(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     theirs_of("t5").save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    weights = {k: v for k, v in load_file(file).items() if "1.layer.1.EncDecAttention.q" not in k}
-    save_file(weights, file, {"format": "pt"})
+    without(tmp_path, "1.layer.1.EncDecAttention.q")
     with pytest.raises(LoadError, match=r"EncDecAttention\.q"):
         HookedEncoderDecoder.from_pretrained(str(tmp_path))
 

@@ -281,6 +281,20 @@ def test_generation_from_images(kind: str, past: bool):
     assert torch.equal(ours.generate(text(), **options), plain)
 
 
+@pytest.mark.parametrize("past", [True, False])
+@torch.no_grad()
+def test_what_is_generated_behind_a_prefix_that_sees_itself(past: bool):
+    """PaliGemma's prefix looks both ways; what follows it does not, with a cache or without."""
+    ours, theirs = loaded("paligemma"), built("paligemma")
+    tokens, inputs = seen("paligemma")
+    inputs["token_type_ids"] = torch.zeros_like(tokens)
+    how = {"do_sample": False, "max_new_tokens": 4, "output_logits": True}
+    how |= {"return_dict_in_generate": True}
+    expected = theirs.generate(input_ids=tokens, **inputs, **how, eos_token_id=None, pad_token_id=0)
+    got = ours.generate(tokens, **inputs, **how, stop_at_eos=False, use_past_kv_cache=past)
+    assert close(torch.stack(got.logits), torch.stack(expected.logits))
+
+
 @torch.no_grad()
 def test_generation_from_embeddings():
     theirs = built("llava")

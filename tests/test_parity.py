@@ -123,9 +123,7 @@ def two_multiplications(self, x):
 
 def use_sdpa(theirs):
     """Let a type that says no to fused attention have it."""
-    for module in theirs.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation_internal = "sdpa"
+    theirs.config._attn_implementation_internal = "sdpa"
 
 
 # (configuration, dtype, whether we attend longhand, what is replaced where)

@@ -128,6 +128,15 @@ def test_offloaded_weights_are_fetched_as_they_run(how: str, tmp_path):
         assert ours.blocks[0].attn.W_Q.shape == (4, 32, 8)
 
 
+@torch.no_grad()
+def test_an_offloaded_mixture_leaves_its_block_readable():
+    theirs = cpu_offload(copy.deepcopy(hf("mixtral-base")), execution_device=torch.device("cpu"))
+    ours = hookedlm.load(theirs)
+    check(ours, theirs)
+    assert "TopKRouter's weights are fetched as it runs" in ours.fidelity().parts[1].reason
+    assert {"blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"} <= set(ours.hook_dict)
+
+
 def test_offloaded_weights_are_not_copied(tmp_path):
     from hookedlm.convert.hf import skeleton
 

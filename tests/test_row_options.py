@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import family, registered
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import hookedlm
-from hookedlm.convert.experts import HFRouting
 from hookedlm.errors import CacheKeyError, InputError, WeightError
-from hookedlm.families import FAMILIES
-from hookedlm.layers.moe import MoE
 
 TOKENS = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -159,81 +155,3 @@ def test_additions_that_average():
     block = model.blocks[1]
     assert block.spec.keep[0] < 1
     close(cache["resid_mid", 1], block.spec.keep[0] * cache["resid_pre", 1] + cache["attn_out", 1])
-
-
-# Mixtures -----------------------------------------------------------------------------------------
-
-MIXTURES = [kind for kind, row in FAMILIES.items() if row.router is not None and kind in CAUSAL]
-
-
-def mixture(kind: str):
-    """(model, layer, its mixture) of the last layer that has one; None if a type has none here."""
-    tiny = next(t for t in registered([kind]) if t.model_type == kind)
-    model = hookedlm.load(tiny.build())
-    found = [(i, b._modules.get("mlp")) for i, b in enumerate(model.blocks)]
-    layers = [(i, mlp) for i, mlp in found if isinstance(mlp, MoE)]
-    return (model, *layers[-1]) if layers else None
-
-
-@pytest.mark.parametrize("kind", MIXTURES)
-@torch.no_grad()
-def test_a_router_judges_its_own_logits_as_it_did(kind):
-    found = mixture(kind)
-    if found is None:
-        pytest.skip("its small configuration has no mixture that is read")
-    model, _layer, moe = found
-    x = torch.randn(2, 7, model.cfg.d_model, generator=torch.Generator().manual_seed(1))
-    bias = moe._buffers.get("router_bias", moe._parameters.get("router_bias"))
-    logits, weights, indices = moe.routing(x, bias)
-    again, picked = moe.routing.picked(logits, bias)
-    dense, anew = moe.dense(weights, indices), moe.dense(again.to(weights.dtype), picked)
-    torch.testing.assert_close(anew, dense, atol=1e-6, rtol=1e-5)
-    assert isinstance(moe.routing, HFRouting)
-
-
-@pytest.mark.parametrize("kind", ["qwen2_moe", "deepseek_v3", "hunyuan_v1_moe", "dbrx", "hy_v3"])
-@torch.no_grad()
-def test_an_edited_logit_picks_its_expert(kind):
-    model, layer, _ = mixture(kind)
-    name = f"blocks.{layer}.mlp.hook_router_logits"
-
-    def favour_two(logits, hook):
-        logits[..., 2] += 100
-
-    with model.hooks(fwd_hooks=[(name, favour_two)]):
-        _, cache = model.run_with_cache(TOKENS)
-    assert (cache[f"blocks.{layer}.mlp.hook_expert_weights"][..., 2] > 0).all()
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gpt_oss", "laguna", "granitemoe"])
-@torch.no_grad()
-def test_neurons_of_experts(kind):
-    """What they write, weighted, and the shared experts: all that the mixture adds."""
-    model, layer, moe = mixture(kind)
-    name = f"blocks.{layer}.mlp"
-    _, cache = model.run_with_cache(TOKENS, names_filter=list(model.hook_dict))
-    post, weights = cache[f"{name}.hook_post"], cache[f"{name}.hook_expert_weights"]
-    outs = [moe.neurons.out(e, post[..., e, :]) for e in range(moe.spec.n_experts)]
-    total = (torch.stack(outs, 2) * weights[..., None]).sum(2) * moe.spec.scale
-    if moe.shared is not None:
-        total = total + cache[f"{name}.hook_shared_out"]
-    close(total * model.blocks[layer].spec.scale_of("mlp"), cache["mlp_out", layer])
-
-    def silent(post, hook):
-        return 0 * post
-
-    plain = model(TOKENS)
-    assert not torch.equal(
-        model.run_with_hooks(TOKENS, fwd_hooks=[(f"{name}.hook_post", silent)]), plain
-    )
-
-
-@torch.no_grad()
-def test_the_gate_of_shared_experts():
-    model, layer, moe = mixture("qwen2_moe")
-    _, cache = model.run_with_cache(TOKENS)
-    x = model.blocks[layer].ln2(cache["resid_mid", layer])
-    close(
-        cache[f"blocks.{layer}.mlp.hook_shared_out"],
-        torch.sigmoid(moe.shared_gate(x)) * moe.shared(x),
-    )

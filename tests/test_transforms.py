@@ -420,10 +420,8 @@ def test_edited_norms_convert_exactly(name: str):
     for module in theirs.modules():
         if "Norm" in type(module).__name__:
             module.weight /= 1e6
-            if hasattr(module, "eps"):
-                module.eps = 1e-12
-            else:
-                module.variance_epsilon = 1e-12
+            [eps] = {"eps", "variance_epsilon"} & set(vars(module))
+            setattr(module, eps, 1e-12)
     model = hookedlm.load(theirs, strict=True)
     real = MASK.bool()
     expected = logits_of(theirs, TOKENS, MASK)[real]

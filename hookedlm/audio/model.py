@@ -9,23 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import ProcessorMixin, Wav2Vec2FeatureExtractor
 
-from hookedlm.audio.loading import fresh_layers, load_audio
+from hookedlm.audio.loading import DOOR, fresh_layers
 from hookedlm.audio.waveforms import Waveforms, as_waveforms
 from hookedlm.axes import LOGITS, STREAM
-from hookedlm.caching import CachingMethods
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.audio import AudioLayers, truth_of
-from hookedlm.convert.check import TOLERANCES
-from hookedlm.convert.encoder import bidirectional_mask
-from hookedlm.driver import LatestContexts
-from hookedlm.errors import ConversionError, InputError, TokenizerError, WeightError
+from hookedlm.encoders import EncoderBase, Loaded
+from hookedlm.errors import InputError, TokenizerError, WeightError
 from hookedlm.hooks import HookPoint
 from hookedlm.layers.bert import BertBlock
-from hookedlm.layers.context import Context
-from hookedlm.model import HookedTransformer
-from hookedlm.placing import PlacingMethods
-from hookedlm.root import HookedRootModule
-from hookedlm.weights import WeightMethods
 
 Frames = Float[Tensor, "batch pos d_model"]
 Mask = Int[Tensor, "batch pos"]
@@ -34,7 +26,7 @@ ReturnType = Literal["hidden", "logits"] | None
 RETURN_TYPES = ("hidden", "logits", None)
 
 
-class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootModule):
+class HookedAudioEncoder(EncoderBase):
     """A HuBERT or wav2vec 2.0 as one instrumented encoder, on Hugging Face's own tensors.
 
     Convolutions turn samples into frames and stay Hugging Face's; from there on the hook names are
@@ -52,9 +44,7 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
         processor: Any = None,
     ):
         super().__init__()
-        self.cfg = HookedTransformerConfig.unwrap(cfg)
-        if self.cfg.n_devices != 1:
-            raise InputError("n_devices: an encoder stands on one device here")
+        self._begin(cfg)
         if model_name is not None:
             self.cfg.model_name = model_name
         if layers is None:
@@ -65,8 +55,6 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
             processor.feature_extractor if isinstance(processor, ProcessorMixin) else processor
         )
         self._mask_config, self._counter = layers.config, layers.counter
-        self._outside: list[Any] = []
-        self.driver = LatestContexts()
         self.front_end = layers.front_end
         self.embed = layers.embed
         self.hook_full_embed = HookPoint(STREAM, shares=True)
@@ -75,9 +63,7 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
         self.unembed = layers.unembed
         if layers.unembed is not None:
             self.hook_logits = HookPoint(LOGITS)
-        self.setup()
-        if move_to_device and self.cfg.device is not None:
-            self.to(self.cfg.device)
+        self._finish(move_to_device)
 
     @classmethod
     def from_pretrained(
@@ -99,20 +85,15 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
         ``processor`` is the feature extractor; without one, that of the checkpoint. Raises
         LoadError when there is nothing to read, ConversionError when the numbers differ.
         """
-        if checkpoint_index is not None or checkpoint_value is not None:
-            raise NotImplementedError("checkpoints of encoders: name a revision=... instead")
-        dtype = from_pretrained_kwargs.pop("torch_dtype", dtype)
-        loaded = load_audio(model_name, hf_model, processor, dtype, from_pretrained_kwargs)
-        hooked = cls(
-            loaded.cfg, move_to_device=False, layers=loaded.layers, processor=loaded.processor
+        cls._refuse_steps(checkpoint_index, checkpoint_value)
+        loaded = DOOR.load(model_name, hf_model, processor, dtype, from_pretrained_kwargs)
+        return cls._pretrained(loaded, device, move_to_device)
+
+    @classmethod
+    def _of(cls, loaded: Loaded[AudioLayers]) -> HookedAudioEncoder:
+        return cls(
+            loaded.cfg, move_to_device=False, layers=loaded.layers, processor=loaded.companion
         )
-        hooked.eval()
-        hooked._check(loaded.hf_model)
-        if loaded.casts or device is not None:
-            hooked.to(device=device or hooked.device, dtype=loaded.dtype)
-        elif move_to_device and hf_model is None:
-            hooked.to(loaded.device)
-        return hooked
 
     # Sound ----------------------------------------------------------------------------------------
 
@@ -194,10 +175,7 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
                 raise InputError("attention mask: a row has no real frame")
         embedded = self.embed(frames.to(self.device, self.dtype), real)
         resid = self.hook_full_embed(embedded)
-        context = Context(mask=bidirectional_mask(self._mask_config, resid.detach(), real))
-        self.driver.latest = [context] * len(self.blocks)
-        for block in self.blocks:
-            resid = block(resid, context)
+        resid = self._through_blocks(resid, real)
         return resid if self.ln_final is None else self.ln_final(resid)
 
     def forward(
@@ -241,7 +219,7 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
 
     @torch.no_grad()
     def _check(self, hf_model: Any) -> None:
-        """Compare with Hugging Face's model on a padded batch, unheard and with every hook on."""
+        """Compare with Hugging Face's model on a padded batch; raises ConversionError."""
         counter = self._counter
         n = counter.receptive_field + 10 * counter.hop
         real = torch.ones(2, n, dtype=torch.long)
@@ -249,42 +227,25 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
         samples = torch.randn(2, n, generator=torch.Generator().manual_seed(0)) * real
         samples, real = samples.to(self.device, self.dtype), real.to(self.device)
         truth = truth_of(hf_model, {"input_values": samples, "attention_mask": real})
-        everywhere = [(lambda name: True, lambda x, hook: None)]
-        for hooks in ([], everywhere):
-            with self.hooks(fwd_hooks=hooks):
-                frames, mask = self.frames_of(samples, real)
-                ours = {"stream": self.encoder_output(frames, mask)}
-                if self.unembed is not None:
-                    ours["logits"] = self.hook_logits(self.unembed(ours["stream"]))
-            for name, x in ours.items():
-                x, y = x[mask.bool()], truth[name][mask.bool()]
-                error = float((x - y).abs().max() / y.abs().max().clamp(min=1e-9))
-                if not error <= TOLERANCES[self.dtype]:
-                    raise ConversionError(
-                        f"{name} differ from Hugging Face's by {error:.1e} "
-                        f"(allowed {TOLERANCES[self.dtype]:.0e})"
-                    )
+
+        def run() -> dict[str, Tensor]:
+            frames, mask = self.frames_of(samples, real)
+            stream = self.encoder_output(frames, mask)
+            if self.unembed is None:
+                return {"stream": stream}
+            return {"stream": stream, "logits": self.hook_logits(self.unembed(stream))}
+
+        mask = counter.real_frames(truth["stream"].shape[1], real)
+        self._confirm(run, truth, dict.fromkeys(truth, mask))
 
     # Names ----------------------------------------------------------------------------------------
-
-    is_in_full_cache = HookedTransformer.is_in_full_cache
-    set_use_attn_result = HookedTransformer.set_use_attn_result
-    set_use_split_qkv_input = HookedTransformer.set_use_split_qkv_input
-    set_use_attn_in = HookedTransformer.set_use_attn_in
-    set_use_hook_mlp_in = HookedTransformer.set_use_hook_mlp_in
 
     def _reached(self, name: str, store: dict[str, Tensor]) -> bool:
         last = f"blocks.{len(self.blocks) - 1}."
         return super()._reached(last if name.startswith("ln_final.") else name, store)
 
-    def cache_size(self, *args: Any, **kwargs: Any) -> Any:
-        """Not measured before a run: always raises NotImplementedError."""
-        raise NotImplementedError("run_with_cache(...)[1].nbytes says what a run has recorded")
-
     def why_missing(self, name: str) -> str:
         """Why a point of the classic naming is absent from this model."""
-        if name in ("hook_embed", "hook_pos_embed"):
-            return f"An encoder's is embed.{name}."
         if name == "hook_logits":
             return "It has no CTC head."
         post_norm = isinstance(self.blocks[0], BertBlock)
@@ -292,7 +253,7 @@ class HookedAudioEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRo
             return "Its stream is normed in each block: see ln2 of the last."
         if not post_norm and name.endswith("hook_normalized_resid_post"):
             return "Its stream is normed behind the last block only: see ln_final."
-        return ""
+        return super().why_missing(name)
 
     @property
     def W_E(self) -> Tensor:

@@ -13,6 +13,7 @@ from hookedlm.cache.ledger import Renorm, norms_the_stream
 from hookedlm.cache.parts import Stack
 from hookedlm.cache.reading import Reading
 from hookedlm.errors import InputError
+from hookedlm.layers.bert import Project
 from hookedlm.layers.hybrid import MLPBlock
 from hookedlm.layers.norm import Norm, Times
 from hookedlm.layers.opaque import OpaqueNorm
@@ -102,6 +103,8 @@ class AttributionMethods(CacheDictionary):
         norm = self.model.mod_dict[step.name]
         if isinstance(norm, Times):
             return norm(x)
+        if isinstance(norm, Project):
+            return norm.linearised(x, biased)
         if not isinstance(norm, Norm):
             return x
         x = norm.linearised(x, self._scale(step.name, pos).to(x.device))

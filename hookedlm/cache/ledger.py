@@ -50,7 +50,8 @@ class Write:
 
 @dataclass(frozen=True)
 class Renorm:
-    """The stream itself passes the norm of this name (post-norm blocks), or a multiplication."""
+    """The stream itself passes the norm of this name (post-norm blocks), a multiplication, or a
+    projection (of narrow embeddings)."""
 
     name: str
 
@@ -67,6 +68,8 @@ def ledger(model: HookedTransformer, end: int, mlp_input: bool) -> Iterator[Writ
         )
     if is_encoder(model):
         yield Renorm("embed.ln")
+        if "embed.project" in model.mod_dict:
+            yield Renorm("embed.project")
     if "embed_ln" in model._modules:
         yield Renorm("embed_ln")
     for i in range(end + 1 if mlp_input and has_mid(model, end) else end):

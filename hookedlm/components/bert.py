@@ -34,6 +34,7 @@ class TokenTypeEmbed(bert.TokenTypeEmbed, metaclass=Part):
 
     def __init__(self, cfg: Config):
         layers, cfg = _layers(cfg)
+        assert layers.embed.token_type_embed is not None, "a fresh BERT tells sentences apart"
         become(self, layers.embed.token_type_embed, cfg, draws=False)
 
 

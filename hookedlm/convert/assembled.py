@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hookedlm.convert import hf
@@ -27,6 +28,22 @@ def assemble(own: Any, row: Row) -> None:
         _join_lists(own, row)
     if row.two_streams:
         _join_streams(own, row)
+    if row.entry_norm:
+        norm, table = hf.at(own, str(row.entry_norm)), hf.at(own, row.embed)
+        hf.replace_at(own, row.embed, NormedTable(table, norm))
+        hf.replace_at(own, str(row.entry_norm), nn.Identity())
+
+
+class NormedTable(nn.Module):
+    """A table of tokens and the norm behind it."""
+
+    def __init__(self, table: nn.Embedding, norm: nn.Module):
+        super().__init__()
+        self.weight = table.weight
+        self.norm = norm
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Stream:
+        return self.norm(F.embedding(tokens, self.weight))
 
 
 # Parts in parallel lists --------------------------------------------------------------------------

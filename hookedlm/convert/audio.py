@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hookedlm.convert import hf
-from hookedlm.convert.build import build_attention, build_mlp
+from hookedlm.convert.encoder import uniform_block
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
-from hookedlm.convert.read import OpaqueReading, read_block, read_norm
+from hookedlm.convert.read_norm import read_norm
 from hookedlm.errors import ConversionError
 from hookedlm.families.hubert import AUDIO_ENCODERS, AudioRow
 from hookedlm.layers.audio import AudioEmbed, AudioFrontEnd
 from hookedlm.layers.bert import BertBlock
-from hookedlm.layers.block import Parts, SequentialBlock
+from hookedlm.layers.block import SequentialBlock
 from hookedlm.layers.embed import Unembed
 from hookedlm.layers.norm import Norm
 
@@ -119,16 +119,8 @@ def _layers(ours: Any, base: Any, row: AudioRow, seen: Coverage) -> AudioLayers:
 def _block(
     block: nn.Module, row: AudioRow, config: ConfigReads, seen: Coverage
 ) -> BertBlock | SequentialBlock:
-    reading = read_block(block, row.block, config)
-    for part in (reading.attn, reading.mlp):
-        if part is None or isinstance(part, OpaqueReading):
-            raise MissingPartError("no part" if part is None else part.spec.reason)
-    seen.take_module(block)
-    norms = {name: Norm(norm.spec, norm.w, norm.b) for name, norm in reading.norms.items()}
-    attn, mlp = build_attention(reading.attn), build_mlp(reading.mlp)
-    parts = Parts(attn=attn, mlp=mlp, ln1=norms["ln1"], ln2=norms["ln2"])
-    kind = BertBlock if reading.spec.layout == "post_norm" else SequentialBlock
-    return kind(reading.spec, parts)
+    spec, parts = uniform_block(block, row.block, config, seen)
+    return (BertBlock if spec.layout == "post_norm" else SequentialBlock)(spec, parts)
 
 
 def _shell(base: Any) -> Any:

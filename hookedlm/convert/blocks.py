@@ -9,7 +9,8 @@ from torch import nn
 
 from hookedlm.convert import hf
 from hookedlm.convert.build import Block, build_read_block
-from hookedlm.convert.check import Truth, check_block, within
+from hookedlm.convert.check import HALVES, Truth, check_block, precision_of, within
+from hookedlm.convert.check_rounding import AGREES, only_rounds
 from hookedlm.convert.hf import ConfigReads
 from hookedlm.convert.interface import show_heads
 from hookedlm.convert.prepare import BlockCall
@@ -74,11 +75,19 @@ def checked_block(
         row = row.but(rotary=None)  # the loop gives this layer no tables
     try:
         reading = read_block(module, row, config)
-        block, call = build_read_block(reading), _call_of(module, row, reading)
+        block, call = _built(module, row, reading)
         quiet, listening = check_block(block, call, truths, layer)
-        dtype = truths[0].calls[layer].hidden.dtype
+        dtype = precision_of([module], truths[0].calls[layer].hidden)
         routed = isinstance(reading.mlp, MoEReading)
-        if within(quiet, dtype) and within(listening, dtype, reroutes=routed):
+        agrees = within(quiet, dtype) and within(listening, dtype, reroutes=routed)
+        if not agrees and dtype in HALVES:
+
+            def read(module: nn.Module) -> tuple[Block, BlockCall]:
+                return _built(module, row, read_block(module, row, config))
+
+            if agrees := only_rounds(module, read, truths, layer, routed):
+                reading.notes.append(AGREES)
+        if agrees:
             reason = "; ".join([*reading.notes, *_opaque_reasons(reading)])
             return block, call, PartReport(where, form_of(reading), quiet, listening, reason)
         reason = f"read as a uniform block, but {max(quiet.error, listening.error):.1e} away"
@@ -95,6 +104,10 @@ def checked_block(
     call = BlockCall(argument_names(module), opaque=True)
     quiet, listening = check_block(opaque, call, truths, layer)
     return opaque, call, PartReport(where, "opaque block", quiet, listening, reason)
+
+
+def _built(module: nn.Module, row: Row, reading: BlockReading) -> tuple[Block, BlockCall]:
+    return build_read_block(reading), _call_of(module, row, reading)
 
 
 def form_of(reading: BlockReading) -> str:

@@ -27,10 +27,10 @@ from hookedlm.layers.block import (
     SequentialBlock,
 )
 from hookedlm.layers.gate import OutputGate
-from hookedlm.layers.hybrid import HybridBlock, MLPBlock, NormedStreamBlock
+from hookedlm.layers.hybrid import Float32StreamBlock, HybridBlock, MLPBlock, NormedStreamBlock
 from hookedlm.layers.latent import LatentAttention, SparseLatentAttention
 from hookedlm.layers.linears import LinearsMLP
-from hookedlm.layers.mlp import MLP, GatedMLP
+from hookedlm.layers.mlp import MLP, ClampedMLP, GatedMLP
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm
 from hookedlm.layers.opaque import (
@@ -68,7 +68,8 @@ LAYOUTS: dict[str, Any] = {
 def build_block(spec: BlockSpec, parts: Parts) -> UniformBlock:
     """The block a spec describes, around finished parts."""
     if parts.mlp is None:
-        return (AttentionOnlyBlock if parts.mixer is None else MixerBlock)(spec, parts)
+        mixer = Float32StreamBlock if spec.stream32 else MixerBlock
+        return (AttentionOnlyBlock if parts.mixer is None else mixer)(spec, parts)
     if parts.attn is None and parts.mixer is None:
         return MLPBlock(spec, parts)
     if spec.layout == "sequential" and parts.mixer is not None:
@@ -162,6 +163,7 @@ def build_mlp(
 
 def _dense(reading: MLPReading) -> MLP | GatedMLP:
     kind = GatedMLP if reading.spec.gated else MLP
+    kind = kind if reading.spec.limit is None else ClampedMLP
     ln = None
     if reading.norm is not None:
         ln = Norm(reading.norm.spec, reading.norm.w, reading.norm.b, SCALE, NEURONS)

@@ -30,6 +30,8 @@ TOLERANCES = {
 }
 """Largest relative error of a block that still counts as the same, by the model's dtype."""
 
+HALVES = (torch.float16, torch.bfloat16)
+
 LENGTHS = (11, 7)
 """Real tokens in the two rows of the padded batch: the second row is padded on the left."""
 
@@ -174,13 +176,27 @@ def check_block(
     """(quiet, listening): the block run on Hugging Face's inputs, both ways; the worst of each."""
     quiet = listening = Agreement(0.0, True)
     for truth in truths:
-        hidden, expected = truth.calls[layer].hidden, truth.outputs[layer]
-        context = call.context(truth.calls[layer], past=0)
-        quiet = worse(quiet, compare(block(hidden, context), expected, truth.real))
-        with attached(listen_to_all(block)):
-            out = block(hidden, context)
-        listening = worse(listening, compare(out, expected, truth.real))
+        out, longhand = outputs_of(block, call, truth, layer)
+        quiet = worse(quiet, compare(out, truth.outputs[layer], truth.real))
+        listening = worse(listening, compare(longhand, truth.outputs[layer], truth.real))
     return quiet, listening
+
+
+def outputs_of(
+    block: nn.Module, call: BlockCall, truth: Truth, layer: int
+) -> tuple[Tensor, Tensor]:
+    """What a block answers to Hugging Face's inputs: nobody listening, everybody listening."""
+    hidden, context = truth.calls[layer].hidden, call.context(truth.calls[layer], past=0)
+    quiet = block(hidden, context)
+    with attached(listen_to_all(block)):
+        return quiet, block(hidden, context)
+
+
+def precision_of(modules: Sequence[nn.Module], stream: Tensor) -> torch.dtype:
+    """What results are exact to: the coarsest dtype among the weights and the stream. Some families
+    keep single weights, or the stream, in float32."""
+    dtypes = {stream.dtype, *(p.dtype for module in modules for p in module.parameters())}
+    return max(dtypes & TOLERANCES.keys(), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def not_prepared(theirs: Context, ours: Context) -> list[str]:
@@ -217,6 +233,6 @@ def within(agreement: Agreement, dtype: torch.dtype, reroutes: bool = False) -> 
     ties of the router, so that single positions go to another expert: the median position judges.
     """
     error = agreement.error
-    if reroutes and dtype in (torch.float16, torch.bfloat16):
+    if reroutes and dtype in HALVES:
         error = agreement.typical
     return error <= TOLERANCES.get(dtype, 1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hookedlm.convert.build import Block
-from hookedlm.convert.check import Truth, compare, listen_to_all, within
+from hookedlm.convert.check import Truth, compare, listen_to_all, precision_of, within
 from hookedlm.convert.conversion import NotDrivenError
 from hookedlm.convert.lent import LentLoop
 from hookedlm.convert.report import Agreement, Fidelity, PartReport, worse
@@ -36,17 +36,18 @@ def check_pass(
         listening = worse(listening, compare(logits, truth.logits, truth.real))
         if silent and not truth.skipped:
             raise NotDrivenError(f"{len(silent)} hook points do not fire once in every pass")
-    dtype = weights_dtype(blocks)
+    dtype = precision_of(blocks, truths[0].calls[0].hidden)
     spread = len(blocks)  # longhand rounds otherwise in every block
     each = Agreement(listening.error / spread, False, listening.typical / spread)
     if not (within(quiet, dtype) and within(each, dtype, reroutes=True)):
         error = max(quiet.error, listening.error)
         raise NotDrivenError(f"in its own loop the logits are {error:.1e} away")
-    shown = [
-        len(seen) == 1 and seen[0].shape[:2] == truth.real.shape
-        for seen, truth in zip(embeds, truths, strict=True)
-    ]
-    loop.shows_embed = all(shown)
+    pairs = list(zip(embeds, truths, strict=True))
+    shapes = {
+        (len(seen) == 1 and tuple(seen[0].shape[:2]), tuple(t.real.shape)) for seen, t in pairs
+    }
+    loop.positions_first = all(there == here[::-1] for there, here in shapes)
+    loop.shows_embed = loop.positions_first or all(there == here for there, here in shapes)
     loop.no_sum = _why_no_sum(truths[0], embeds[0][0] if loop.shows_embed else None)
     reason = "" if loop.shows_embed else "it is not asked for the tokens once a pass: no hook_embed"
     embed = PartReport("embed", "opaque embedding", EXACT, None, reason)
@@ -69,11 +70,6 @@ def _run(
         position_ids=truth.position_ids if padded else None,
         embed=None if embeds is None else see,
     )
-
-
-def weights_dtype(blocks: Sequence[nn.Module]) -> torch.dtype:
-    """What the blocks compute in, whatever the head makes of it."""
-    return next(p.dtype for b in blocks for p in b.parameters() if p.is_floating_point())
 
 
 def _why_no_sum(truth: Truth, embed: Tensor | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hookedlm.axes import STREAM
 from hookedlm.convert.build import Block
 from hookedlm.convert.report import Fidelity
 from hookedlm.convert.tail import OpaqueTail
@@ -42,3 +43,5 @@ class Conversion:
     mlm_head: BertMLMHead | None = None
     width: int | None = None
     """Width of the stream, where neither an embedding nor a norm of ours tells it."""
+    stream_axes: str = STREAM
+    """Axes of the stream: in some models it has other positions than the tokens."""

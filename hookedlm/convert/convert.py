@@ -13,7 +13,13 @@ from hookedlm.convert.check import Truth, compare, run_truth
 from hookedlm.convert.config_keys import unread
 from hookedlm.convert.conversion import Conversion, NotDrivenError
 from hookedlm.convert.driving import check_preparing, preparer_of
-from hookedlm.convert.ends import check_logits, checked_entrance, read_head, reading_out
+from hookedlm.convert.ends import (
+    check_logits,
+    checked_entrance,
+    read_head,
+    reading_out,
+    stream_axes,
+)
 from hookedlm.convert.guess import rows_of
 from hookedlm.convert.hf import ConfigReads
 from hookedlm.convert.lend import lend
@@ -54,6 +60,7 @@ def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
     config = ConfigReads(text_config(own))
     rows, family = rows_of(own, given)
     row = rows[0]
+    _demand_known(own, row, config)
     if row.more_blocks:
         raise NotDrivenError("its blocks stand in several lists")
     if hf.resolved(row.loop_stays, own, config):
@@ -81,6 +88,7 @@ def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
         entrance.embed_ln,
         read_head(own, row, config),
         int(truth.calls[0].hidden.shape[-1]),
+        stream_axes(blocks, truth),
     )
     ends = [conversion.embed, conversion.pos_embed, conversion.embed_ln]
     follow([*ends, *blocks, ln_final, conversion.mlm_head, unembed])
@@ -91,6 +99,15 @@ def _converted(model: nn.Module, strict: bool, given: Row | None) -> Conversion:
     if strict:
         fidelity.demand_uniform()
     return conversion
+
+
+def _demand_known(own: nn.Module, row: Row, config: ConfigReads) -> None:
+    """Raise ConversionError where the check's short texts can't show that blocks go wrong."""
+    if row.refused is None:
+        return
+    fact, value, what_to_do = row.refused
+    if hf.resolved(fact, own, config) == value:
+        raise ConversionError(f"{type(own).__name__}: {what_to_do}")
 
 
 def _observed(own: Any, row: Row, config: ConfigReads) -> tuple[list[nn.Module], list[Truth]]:
@@ -114,4 +131,6 @@ def _observed(own: Any, row: Row, config: ConfigReads) -> tuple[list[nn.Module],
     if truth.calls[0].hidden.ndim != 3:
         shape = tuple(truth.calls[0].hidden.shape)
         raise NotDrivenError(f"it keeps several streams side by side: {shape}")
+    if truth.calls[0].hidden.shape[:2] == truth.real.shape[::-1]:
+        raise NotDrivenError("its stream is [pos, batch, d_model]")
     return layers, [truth, run_truth(own, layers, d_vocab, False, **numbered)]

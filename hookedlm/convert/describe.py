@@ -25,6 +25,7 @@ ACTIVATIONS = {
     "PytorchGELUTanh": "gelu_pytorch_tanh",
     "SiLUActivation": "silu",
     "SiLU": "silu",
+    "Swish": "silu",
     "ReLU": "relu",
 }
 """Activation class of transformers or torch -> TransformerLens' name."""

@@ -11,6 +11,7 @@ from hookedlm.convert import hf
 from hookedlm.convert.check import Truth, not_prepared
 from hookedlm.convert.conversion import Conversion, NotDrivenError
 from hookedlm.convert.prepare import BlockCall, Call, CallRecorder, HFPreparer
+from hookedlm.convert.text_model import text_config
 from hookedlm.families import Row
 from hookedlm.layers.context import Context
 
@@ -37,6 +38,8 @@ def preparer_of(
     preparer.first_position = hf.first_position(hf.find(own, row.pos_embed))
     if truth.calls[0].hidden.shape[:2] != truth.tokens.shape:
         preparer.remembers = False  # a cache of more, or other, positions than tokens have
+    if preparer.own_cache is None and not hf.keeps_keys(text_config(own)):
+        preparer.remembers = False
     return preparer
 
 

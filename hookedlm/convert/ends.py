@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
+from hookedlm.axes import PATCHES, STREAM, split_axes
 from hookedlm.convert import hf
-from hookedlm.convert.check import Truth, compare, within
+from hookedlm.convert.build import Block
+from hookedlm.convert.check import HALVES, Truth, compare, within
 from hookedlm.convert.conversion import Conversion, NotDrivenError
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
 from hookedlm.convert.placed import is_away
@@ -23,7 +25,7 @@ from hookedlm.families import Row
 from hookedlm.layers.bert import BertMLMHead
 from hookedlm.layers.embed import Embed, Entrance, PosEmbed, TokenTypeEmbed, Unembed
 from hookedlm.layers.norm import Norm
-from hookedlm.layers.opaque import OpaqueNorm
+from hookedlm.layers.opaque import OpaqueBlock, OpaqueNorm
 from hookedlm.spec import OpaqueSpec
 
 
@@ -119,6 +121,17 @@ def read_head(own: nn.Module, row: Row, config: ConfigReads) -> BertMLMHead | No
     return BertMLMHead(hf.flat_weight(dense).t(), hf.bias_of(dense), act, norm)
 
 
+def stream_axes(blocks: list[Block], truth: Truth) -> str:
+    """The axes of the stream, which blocks that are opaque are told too: where it has other
+    positions than the tokens (a prompt of the model's own before them, say), they are no tokens."""
+    if truth.calls[0].hidden.shape[:2] == truth.real.shape:
+        return STREAM
+    for block in blocks:
+        if isinstance(block, OpaqueBlock):
+            block.hook_resid_pre.axes = block.hook_resid_post.axes = split_axes(PATCHES)
+    return PATCHES
+
+
 def check_logits(conversion: Conversion, truth: Truth, config: ConfigReads) -> None:
     """The last stream read out our way; if that is not Hugging Face's way, theirs is kept."""
     # Some heads answer in float32 whatever the model computes in.
@@ -168,6 +181,8 @@ def _read_out(conversion: Conversion, truth: Truth) -> Agreement:
         with torch.no_grad():
             normed = stream if conversion.ln_final is None else conversion.ln_final(stream)
             normed = normed if conversion.mlm_head is None else conversion.mlm_head(normed)
+            half = conversion.unembed.W_U.dtype in HALVES
+            conversion.unembed.upcasts = half and truth.logits.dtype == torch.float32
             return compare(conversion.unembed(normed), truth.logits, truth.real)
     except RuntimeError:  # something between them changes the width
         return Agreement(float("inf"), False)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import linear
 
 from hookedlm.layers.moe import Picks
 
@@ -88,47 +86,6 @@ class HFRouting:
         if bias in dict(router.named_parameters()):
             weights[bias] = torch.zeros_like(logits[0])
         return router, weights
-
-
-class HFNeurons:
-    """The neurons of Hugging Face's experts, from the attributes their common form has.
-
-    ``is_transposed``: matrices are ``[expert, in, out]``. Gate and linear branch stand in one
-    matrix; where an experts class combines them in its own way, they have no hooks of their own.
-    """
-
-    def __init__(self, experts: Any):
-        self.experts = experts
-        own = type(experts)._apply_gate
-        self.separate = own.__name__ == "_default_apply_gate" and experts.has_gate
-        self.branches: tuple[str, ...] = ("pre", "pre_linear") if self.separate else ()
-        if not experts.has_gate:
-            self.branches = ("pre",)
-
-    def pre(self, expert: int, x: Tensor) -> tuple[Tensor, ...]:
-        first = self._linear(x, "gate_up_proj" if self.experts.has_gate else "up_proj", expert)
-        return first.chunk(2, dim=-1) if self.separate else (first,)
-
-    def post(self, expert: int, pre: tuple[Tensor, ...]) -> Tensor:
-        if not self.experts.has_gate:
-            return self.experts.act_fn(pre[0])
-        return self.experts._apply_gate(torch.cat(pre, dim=-1) if self.separate else pre[0])
-
-    def out(self, expert: int, post: Tensor) -> Tensor:
-        return self._linear(post, "down_proj", expert)
-
-    def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
-        W = getattr(self.experts, name)[expert]
-        b = getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
-        return linear(x, W.t() if self.experts.is_transposed else W, b)
-
-
-def neurons_of(experts: nn.Module) -> HFNeurons | None:
-    """The neurons of experts in transformers' common form; None for another."""
-    known = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "down_proj")
-    if not all(hasattr(experts, name) for name in known) or experts.has_post_expert_norm:
-        return None
-    return HFNeurons(experts)
 
 
 class ScaledInputExperts(nn.Module):

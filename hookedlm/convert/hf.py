@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from hookedlm.convert.placed import is_away, share_weights
@@ -120,8 +120,9 @@ def skeleton(model: nn.Module) -> Any:
 
 
 def _at_full_size(model: Any) -> Any:
-    """Models that halve weights in place when they first run (RWKV, against overflow) get full-size
-    copies of these weights here, and no longer do: the tensors they share stay untouched."""
+    """Models that halve the stream, and weights in place, when they first run (RWKV, against
+    overflow) get full-size copies of these weights here, and no longer do: the tensors they share
+    stay untouched. The eps of a norm counts as much as it did beside the smaller stream."""
     for base in model.modules():
         every = getattr(getattr(base, "config", None), "rescale_every", 0)
         if "layers_are_rescaled" not in vars(base) or not every:
@@ -131,6 +132,9 @@ def _at_full_size(model: Any) -> Any:
                 size = 2 ** (layer // every) if base.layers_are_rescaled else 1
                 train = linear.weight.requires_grad
                 linear.weight = nn.Parameter(linear.weight.detach() * size, requires_grad=train)
+            for norm in (block.ln1, block.ln2):
+                norm.eps *= 4.0 ** (layer // every)
+        base.ln_out.eps *= 4.0 ** (len(base.blocks) // every)
         base.config.rescale_every = 0
     return model
 
@@ -157,7 +161,19 @@ def length_of(cache: Any) -> int:
     layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, CacheLayerMixin)]
     if layers:
         return max(int(layer.get_seq_length()) for layer in layers)
+    if getattr(cache, "layers", ()):  # recurrent states alone, which know no length
+        return 0
     return int(cache.get_seq_length())
+
+
+def keeps_keys(config: Any) -> bool:
+    """Whether transformers' cache for this config holds keys in any layer: one of recurrent states
+    alone knows no length, without which no text is continued."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, TypeError, ValueError):  # a config it was not made for
+        return True
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
 
 # Positions ----------------------------------------------------------------------------------------

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookedlm.axes import STREAM, STREAMS
+from hookedlm.axes import PATCHES, STREAM, STREAMS
 from hookedlm.convert import hf
 from hookedlm.convert.assembled import assemble
 from hookedlm.convert.blocks import argument_names, checked_block
 from hookedlm.convert.build import Block
-from hookedlm.convert.check import Truth, check_block, run_truth, within
+from hookedlm.convert.check import Truth, check_block, precision_of, run_truth, within
 from hookedlm.convert.check_lent import (
     EXACT,
     check_cache,
     check_pass,
     continued,
-    weights_dtype,
 )
 from hookedlm.convert.conversion import Conversion, NotDrivenError
 from hookedlm.convert.guess import rows_of
@@ -103,8 +102,9 @@ def _lent(model: nn.Module, why: str, given: Row | None, uniform: bool) -> Conve
     embed, logits = check_pass(loop, blocks, truths)
     fidelity.parts = [embed, *parts, logits]
     ours = continued(loop, blocks, truths[1])
-    check_cache(loop, known, ours, weights_dtype(blocks), fidelity)
-    width = truths[0].calls[0].hidden.shape[-1]
+    stream = truths[0].calls[0].hidden
+    check_cache(loop, known, ours, precision_of(blocks, stream), fidelity)
+    width = stream.shape[-1]
     return Conversion(
         own, row, None, None, blocks, None, None, None, loop, fidelity, width=width
     )  # fmt: skip
@@ -171,7 +171,7 @@ def _block(lending: Lending, number: int, layers: list[int], uniform: bool) -> B
         same = not isinstance(block, OpaqueBlock)
         for layer in layers[1:] if same else []:
             quiet, listening = check_block(block, call, truths, layer)
-            dtype = truths[0].calls[layer].hidden.dtype
+            dtype = precision_of([module], truths[0].calls[layer].hidden)
             same = same and within(quiet, dtype) and within(listening, dtype)
             part = replace(
                 part,
@@ -214,5 +214,5 @@ def _axes(lending: Lending, layer: int) -> tuple[str, tuple[int, int] | None]:
     if len(shape) == 3 and here in (shape[:2], shape[1::-1]):
         return STREAM, None if shape[:2] == here else (0, 1)
     if len(shape) == 3 and shape[0] == here[0]:
-        return "batch patch d_model", None
+        return PATCHES, None
     raise NotDrivenError(f"a block reads {shape}: no shape that a stream is known to have")

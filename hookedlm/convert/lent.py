@@ -112,6 +112,8 @@ class LentLoop:
         self.no_cache = "its forward takes no past_key_values"
         self.shows_embed = True
         """Whether the input embedding is asked once a pass, so that it can be hooked."""
+        self.positions_first = False
+        """Whether what the embedding gives is ``[pos, batch, d_model]``."""
         self.no_sum = ""
         """Why the stream is no sum of an embedding and what blocks add; "" if it is."""
         self.now: Pass | None = None
@@ -206,7 +208,9 @@ class LentLoop:
     def _embedded(self, module: nn.Module, args: Any, out: Any) -> Any:
         if self.now is None or self.now.embed is None or not self.shows_embed:
             return None
-        return self.now.embed(out)
+        if not self.positions_first:
+            return self.now.embed(out)
+        return self.now.embed(out.transpose(0, 1)).transpose(0, 1).contiguous()
 
     # What is refused ------------------------------------------------------------------------------
 

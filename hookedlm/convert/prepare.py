@@ -61,14 +61,18 @@ class CallRecorder(nn.Module):
         return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
 
     def show(self, block: nn.Module, places: tuple[str, ...]) -> None:
-        """Have these modules of the block, which the loop looks at."""
+        """Have these parts and values of the block, which the loop looks at."""
         for place in places:
             *parents, name = place.split(".")
             here: nn.Module = self
             for parent in parents:
                 here.add_module(parent, nn.Module())
                 here = here.get_submodule(parent)
-            here.add_module(name, hf.at(block, place))
+            found = hf.at(block, place)
+            if isinstance(found, nn.Module):
+                here.add_module(name, found)
+            else:
+                setattr(here, name, found)
 
 
 def _harmless(value: Any) -> bool:

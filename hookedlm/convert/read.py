@@ -121,6 +121,7 @@ def read_block(block: nn.Module, row: Row, config: ConfigReads) -> BlockReading:
         shared_norm=shared,
         post_scale=float(hf.resolved(row.post_scale, block, config) or 1.0),
         per_layer_input=ple is not None,
+        stream32=bool(hf.resolved(row.stream32, block, config)),
         **specs,
     )
     return BlockReading(spec, attn, mlp, mixer, norms, notes, ple, whole, keep)

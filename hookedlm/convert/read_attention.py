@@ -119,6 +119,7 @@ def read_attention(
         stores_keys=name if hf.resolved(row.stores_keys, block, config) else None,
         reuses_keys=reuses,
         temperature=hf.resolved(row.temperature, block, config),
+        scores32=row.scores32,
     )
     if spec.late_qk_norm and not (rotates and qk_norm in ("head", "module")):
         raise MissingPartError("norms behind a rotation that this layer does not have")

@@ -9,18 +9,13 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hookedlm.convert import hf
-from hookedlm.convert.experts import (
-    HFNeurons,
-    HFRouting,
-    ScaledInputExperts,
-    matrix_name,
-    neurons_of,
-)
+from hookedlm.convert.expert_neurons import ACT, HFNeurons, neurons_of
+from hookedlm.convert.experts import HFRouting, ScaledInputExperts, matrix_name
 from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
-from hookedlm.convert.placed import hooks_of
+from hookedlm.convert.placed import hooks_of, is_away
 from hookedlm.convert.read_norm import NormReading, read_norm
 from hookedlm.families.row import Row
-from hookedlm.layers.activations import ScaledInput
+from hookedlm.layers.activations import ScaledInput, Swish
 from hookedlm.layers.linears import MLPLinears
 from hookedlm.layers.mlp import MLPTensors
 from hookedlm.spec import MLPSpec, MoESpec
@@ -86,7 +81,14 @@ def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
         b_gate=b_gate,
     )
     name = type(act).__name__ if isinstance(act, nn.Module) else act.__name__
-    spec = MLPSpec(W_up.shape[0], W_gate is not None, name, None if norm is None else norm.spec)
+    limit = hf.resolved(row.gated_limit, block, config)
+    spec = MLPSpec(
+        d_mlp=W_up.shape[0],
+        gated=W_gate is not None,
+        act=name,
+        act_norm=None if norm is None else norm.spec,
+        limit=None if limit is None else float(limit),
+    )
     return MLPReading(spec, tensors, act, norm)
 
 
@@ -98,8 +100,9 @@ def read_linears(block: nn.Module, row: Row, config: ConfigReads) -> MLPLinears 
     found: dict[str, Any] = {name: hf.find(block, place) for name, place in names.items()}
     found["both"] = hf.find(block, row.gate_up)
     maps = [part for part in found.values() if isinstance(part, nn.Module)]
-    lacks_gate = row.gate is not None and found["gate"] is None
-    if act is None or found["down"] is None or lacks_gate or found["up"] is found["both"]:
+    lacks = row.gate is not None and found["gate"] is None
+    lacks = lacks or act is None or found["down"] is None or found["up"] is found["both"]
+    if lacks or hf.resolved(row.gated_limit, block, config) is not None:
         return None
     if all(map(hf.is_plain_linear, maps)) or not set(maps) <= set(module.modules()):
         return None
@@ -109,6 +112,9 @@ def read_linears(block: nn.Module, row: Row, config: ConfigReads) -> MLPLinears 
 
 
 def _activation(block: nn.Module, row: Row, config: ConfigReads) -> Any:
+    beta = hf.resolved(row.swish_beta, block, config)
+    if beta is not None:
+        return Swish(float(beta))
     act = ACT2FN[row.act_name] if row.act_name is not None else hf.find(block, row.act)
     factor = hf.resolved(row.act_in_scale, block, config)
     return act if act is None or factor in (None, 1.0) else ScaledInput(act, float(factor))
@@ -119,6 +125,8 @@ def read_moe(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
     router, experts = hf.find(block, row.router), hf.find(block, row.experts)
     if router is None or experts is None:
         raise MissingPartError(f"no router at {row.router!r} or experts at {row.experts!r}")
+    if is_away(router):  # its rule on edited logits needs them at any time
+        raise MissingPartError(f"{type(router).__name__}'s weights are fetched as it runs")
     bias = hf.find(block, row.router_bias)
     seen.take_module(router)
     seen.take_module(experts)
@@ -129,7 +137,7 @@ def read_moe(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
         raise MissingPartError(f"no top_k in {type(router).__name__} or at {row.top_k!r}")
     shared, gate = _shared(block, row, config, seen)
     divisor = hf.resolved(row.shared_divisor, block, config)
-    act = hf.find(experts, ("act_fn", "activation_fn", "mlp.activation_fn"))
+    act = hf.find(experts, ACT)
     spec = MoESpec(
         n_experts=int(n_experts),
         top_k=int(top_k),
@@ -139,8 +147,9 @@ def read_moe(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
         scale=float(hf.resolved(row.routed_scale, block, config) or 1.0),
         divisor=1.0 if shared is None else float(divisor or 1.0),
         d_shared=None if shared is None else shared.spec.d_mlp,
+        weighted_input=row.weighted_input,
     )
-    neurons = None if row.weighted_input else neurons_of(experts)
+    neurons = neurons_of(experts, row, int(n_experts))
     if row.weighted_input:
         experts = ScaledInputExperts(experts, int(n_experts))
     scores = int(top_k) if row.router_scores else None

@@ -127,7 +127,7 @@ def placed(row: Row, model: Any) -> Row:
     if hf.find(hf.at(model, path), row.blocks) is not None:  # a whole language model is in there
         old, new = "", f"{path}."
     else:
-        old, new = f"{row.base}.", f"{path}."
+        old, new = f"{row.base}.", f"{path}." if path else ""
     moved: dict[str, Any] = {name: _moved(getattr(row, name), old, new) for name in PLACES}
     moved["base"] = _base(model, path if old else f"{path}.{row.base}")
     for name in FACTS:

@@ -1,4 +1,4 @@
-"""`HookedEncoder`: BERT with a hook point everywhere."""
+"""`HookedEncoder`: BERT and its relatives with a hook point everywhere."""
 
 from __future__ import annotations
 
@@ -10,32 +10,38 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hookedlm.axes import LOGITS, STREAM
-from hookedlm.caching import CachingMethods
 from hookedlm.config import HookedTransformerConfig
-from hookedlm.convert.check import TOLERANCES
-from hookedlm.convert.encoder import EncoderLayers, bidirectional_mask, truth_of
-from hookedlm.driver import LatestContexts
-from hookedlm.encoder.loading import fresh_layers, load_encoder
-from hookedlm.errors import ConversionError, InputError, TokenizerError, WeightError
+from hookedlm.convert.encoder import EncoderLayers, truth_of
+from hookedlm.encoder.loading import DOOR, fresh_layers
+from hookedlm.encoders import EncoderBase, Loaded
+from hookedlm.errors import InputError, TokenizerError, WeightError
 from hookedlm.hooks import HookPoint
-from hookedlm.layers.context import Context
-from hookedlm.model import HookedTransformer
-from hookedlm.placing import PlacingMethods
-from hookedlm.root import HookedRootModule
-from hookedlm.weights import WeightMethods
 
 Tokens = Int[Tensor, "batch pos"]
 Input = str | Sequence[str] | Tokens | Int[Tensor, "pos"]
-ReturnType = Literal["logits", "predictions", "next_sentence"] | None
-RETURN_TYPES = ("logits", "predictions", "next_sentence", None)
+ReturnType = Literal["logits", "predictions", "next_sentence", "replaced"] | None
+RETURN_TYPES = ("logits", "predictions", "next_sentence", "replaced", None)
+HEADS = {
+    "logits": "masked-language-model head",
+    "replaced": "head that detects replaced tokens",
+    "next_sentence": "pooler and next-sentence head",
+}
+POINTS = {
+    "logits": {"mlm_head", "hook_logits"},
+    "replaced": {"rtd_head"},
+    "next_sentence": {"pooler", "nsp_head"},
+    "pooled": {"pooler"},
+}
+"""Where the hook points of what each answer takes begin."""
 
 
-class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootModule):
-    """A BERT as one instrumented encoder, on Hugging Face's own tensors.
+class HookedEncoder(EncoderBase):
+    """A BERT, RoBERTa (CamemBERT, XLM-R), ELECTRA or DistilBERT as one instrumented encoder, on
+    Hugging Face's own tensors.
 
     Hook names are the classic ones (docs/hooks.md): ``embed.hook_embed``, ``hook_full_embed``,
-    ``blocks.L.hook_resid_pre``, ..., ``blocks.L.hook_normalized_resid_post``. Source: arXiv
-    1810.04805.
+    ``blocks.L.hook_resid_pre``, ..., ``blocks.L.hook_normalized_resid_post``. Sources: arXiv
+    1810.04805, 1907.11692, 2003.10555, 1910.01108.
     """
 
     def __init__(
@@ -47,26 +53,22 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
         layers: EncoderLayers | None = None,
     ):
         super().__init__()
-        self.cfg = HookedTransformerConfig.unwrap(cfg)
-        if self.cfg.n_devices != 1:
-            raise InputError("n_devices: an encoder stands on one device here")
+        self._begin(cfg)
         self.tokenizer = tokenizer
         layers = fresh_layers(self.cfg) if layers is None else layers
         self._mask_config = layers.config
-        self._outside: list[Any] = []
-        self.driver = LatestContexts()
         self.embed = layers.embed
         self.hook_full_embed = HookPoint(STREAM, shares=True)
         self.blocks = nn.ModuleList(layers.blocks)
         self.ln_final = None
         self.mlm_head = layers.mlm_head
         self.unembed = layers.unembed
-        self.hook_logits = HookPoint(LOGITS)
+        if self.unembed is not None:
+            self.hook_logits = HookPoint(LOGITS)
+        self.rtd_head = layers.rtd_head
         self.pooler = layers.pooler
         self.nsp_head = layers.nsp_head
-        self.setup()
-        if move_to_device and self.cfg.device is not None:
-            self.to(self.cfg.device)
+        self._finish(move_to_device)
 
     @classmethod
     def from_pretrained(
@@ -81,22 +83,18 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
         dtype: str | torch.dtype = torch.float32,
         **from_pretrained_kwargs: Any,
     ) -> HookedEncoder:
-        """A BERT from the hub, a local folder, or ``hf_model``; compared with Hugging Face's.
+        """An encoder from the hub, a local folder, or ``hf_model``; compared with Hugging Face's.
 
         Heads without weights in the checkpoint are left out, and using them is an error. Raises
         LoadError when there is nothing to read, ConversionError when the numbers differ.
         """
-        if checkpoint_index is not None or checkpoint_value is not None:
-            raise NotImplementedError("checkpoints of encoders: name a revision=... instead")
-        loaded = load_encoder(model_name, hf_model, tokenizer, dtype, from_pretrained_kwargs)
-        hooked = cls(loaded.cfg, loaded.tokenizer, move_to_device=False, layers=loaded.layers)
-        hooked.eval()
-        hooked._check(loaded.hf_model)
-        if loaded.casts or device is not None:
-            hooked.to(device=device or hooked.device, dtype=loaded.dtype)
-        elif move_to_device and hf_model is None:
-            hooked.to(loaded.device)
-        return hooked
+        cls._refuse_steps(checkpoint_index, checkpoint_value)
+        loaded = DOOR.load(model_name, hf_model, tokenizer, dtype, from_pretrained_kwargs)
+        return cls._pretrained(loaded, device, move_to_device)
+
+    @classmethod
+    def _of(cls, loaded: Loaded[EncoderLayers]) -> HookedEncoder:
+        return cls(loaded.cfg, loaded.companion, move_to_device=False, layers=loaded.layers)
 
     # Running --------------------------------------------------------------------------------------
 
@@ -121,7 +119,8 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
             max_length=self.cfg.n_ctx if truncate else None,
             return_token_type_ids=True,
         )
-        parts = (found["input_ids"], found["token_type_ids"], found["attention_mask"])
+        types = found["token_type_ids"].clamp(max=self.embed.n_types - 1)
+        parts = (found["input_ids"], types, found["attention_mask"])
         if move_to_device:
             parts = tuple(part.to(self.device) for part in parts)
         return parts
@@ -144,14 +143,14 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
                 raise InputError(
                     f"{name} of shape {tuple(given.shape)}: expected {tuple(tokens.shape)}"
                 )
+        if types.device.type == "cpu" and int(types.max()) >= self.embed.n_types:
+            raise InputError(
+                f"token_type_ids up to {int(types.max())}: this model's types of tokens are 0 to "
+                f"{self.embed.n_types - 1}"
+            )
         resid = self.hook_full_embed(self.embed(tokens, types.to(tokens.device)))
         mask = one_zero_attention_mask
-        mask = None if mask is None else mask.to(tokens.device)
-        context = Context(mask=bidirectional_mask(self._mask_config, resid.detach(), mask))
-        self.driver.latest = [context] * len(self.blocks)
-        for block in self.blocks:
-            resid = block(resid, context)
-        return resid
+        return self._through_blocks(resid, None if mask is None else mask.to(tokens.device))
 
     def forward(
         self,
@@ -163,8 +162,9 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
         """Logits of the masked-language-model head ``[batch, pos, d_vocab]``.
 
         ``return_type``: "logits"; "predictions", the likeliest tokens at the masked positions (a
-        string for one, a list for several); "next_sentence", logits ``[batch, 2]``; None. Raises
-        InputError on other types and on heads that this model has not.
+        string for one, a list for several); "next_sentence", logits ``[batch, 2]``; "replaced",
+        logits ``[batch, pos]`` of ELECTRA's discriminator; None. Raises InputError on other types
+        and on heads that this model has not.
         """
         if return_type not in RETURN_TYPES:
             raise InputError(f"return_type={return_type!r}: expected one of {RETURN_TYPES}")
@@ -176,32 +176,45 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
             if one_zero_attention_mask is None:
                 one_zero_attention_mask = mask
         resid = self.encoder_output(tokens, token_type_ids, one_zero_attention_mask)
-        if return_type == "next_sentence":
-            if self.pooler is None or self.nsp_head is None:
-                raise InputError("this model has no pooler and next-sentence head")
-            return self.nsp_head(self.pooler(resid))
         if return_type is None:
-            return self._heads_listened_to(resid)
-        logits = self._logits(resid)
-        return logits if return_type == "logits" else self._predictions(tokens, logits)
+            self._heads_listened_to(resid)
+            return None
+        found = self._answer(resid, "logits" if return_type == "predictions" else return_type)
+        return self._predictions(tokens, found) if return_type == "predictions" else found
+
+    @property
+    def _answers(self) -> list[str]:
+        """What this model's heads can say."""
+        heads = {
+            "logits": self.unembed,
+            "replaced": self.rtd_head,
+            "next_sentence": self.nsp_head if self.pooler is not None else None,
+            "pooled": self.pooler if self.nsp_head is None else None,
+        }
+        return [name for name, head in heads.items() if head is not None]
 
     def _heads_listened_to(self, resid: Tensor) -> None:
         """Run the heads only where somebody wants to see what passes in them."""
         wanted = {name.split(".")[0] for name, point in self.hook_dict.items() if point.wanted}
-        if self.mlm_head is not None and wanted & {"mlm_head", "hook_logits"}:
-            self._logits(resid)
-        if self.pooler is not None and wanted & {"pooler", "nsp_head"}:
-            pooled = self.pooler(resid)
-            if self.nsp_head is not None:
-                self.nsp_head(pooled)
+        for name in self._answers:
+            if wanted & POINTS[name]:
+                self._answer(resid, name)
 
-    def _logits(self, resid: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
-        if self.mlm_head is None or self.unembed is None:
+    def _answer(self, resid: Tensor, name: str) -> Tensor:
+        """What one head makes of the stream; raises InputError without it."""
+        if name not in self._answers:
             raise InputError(
-                "this model has no masked-language-model head: use encoder_output, or "
-                "return_type='next_sentence'"
+                f"this model has no {HEADS[name]}: use encoder_output"
+                + "".join(
+                    f", or return_type={other!r}" for other in self._answers if other in HEADS
+                )
             )
-        return self.hook_logits(self.unembed(self.mlm_head(resid)))
+        if name == "replaced":
+            return self.rtd_head(resid)
+        if name == "logits":
+            return self.hook_logits(self.unembed(self.mlm_head(resid)))
+        pooled = self.pooler(resid)
+        return pooled if name == "pooled" else self.nsp_head(pooled)
 
     def _predictions(self, tokens: Tokens, logits: Tensor) -> str | list[str]:
         if self.tokenizer is None or self.tokenizer.mask_token_id is None:
@@ -226,54 +239,36 @@ class HookedEncoder(CachingMethods, WeightMethods, PlacingMethods, HookedRootMod
 
     @torch.no_grad()
     def _check(self, hf_model: Any) -> None:
-        """Compare with Hugging Face's model on a padded batch, unheard and with every hook on."""
+        """Compare with Hugging Face's model on a padded batch; raises ConversionError."""
         n = min(11, self.cfg.n_ctx)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.cfg.d_vocab, (2, n), generator=generator).to(self.device)
-        types = torch.zeros_like(tokens)
-        types[:, n // 2 :] = 1 if len(self.embed.token_type_embed.W_token_type) > 1 else 0
         mask = torch.ones_like(tokens)
         mask[1, max(1, 2 * n // 3) :] = 0
-        inputs = {"input_ids": tokens, "token_type_ids": types, "attention_mask": mask}
+        pad = self._mask_config.pad_token_id
+        if pad is not None:
+            tokens[mask == 0] = pad
+        types = torch.zeros_like(tokens)
+        types[:, n // 2 :] = min(1, self.embed.n_types - 1)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        if self.embed.token_type_embed is not None:
+            inputs["token_type_ids"] = types
         truth = truth_of(hf_model, inputs)
-        limit = TOLERANCES[self.dtype]
-        everywhere = [(lambda name: True, lambda x, hook: None)]
-        for hooks in ([], everywhere):
-            with self.hooks(fwd_hooks=hooks):
-                resid = self.encoder_output(tokens, types, mask)
-                ours = {"stream": resid}
-                if self.mlm_head is not None:
-                    ours["logits"] = self._logits(resid)
-                if self.pooler is not None:
-                    pooled = self.pooler(resid)
-                    if self.nsp_head is not None:
-                        ours["next_sentence"] = self.nsp_head(pooled)
-            for name, x in ours.items():
-                real = mask.bool() if x.ndim == 3 else slice(None)
-                y = truth[name]
-                error = float((x[real] - y[real]).abs().max() / y[real].abs().max().clamp(min=1e-9))
-                if not error <= limit:
-                    raise ConversionError(
-                        f"{name} differ from Hugging Face's by {error:.1e} (allowed {limit:.0e})"
-                    )
+
+        def run() -> dict[str, Tensor]:
+            resid = self.encoder_output(tokens, types, mask)
+            found = {name: self._answer(resid, name) for name in self._answers}
+            if "replaced" in found:
+                found["replaced"] = found["replaced"][..., None]
+            return {"stream": resid} | found
+
+        for name in self._answers:  # the only head's are called so
+            truth.setdefault(name, truth.get("logits", truth["stream"]))
+        if "replaced" in self._answers:
+            truth["replaced"] = truth["replaced"][..., None]
+        self._confirm(run, truth, dict.fromkeys(("stream", "logits", "replaced"), mask))
 
     # Names ----------------------------------------------------------------------------------------
-
-    is_in_full_cache = HookedTransformer.is_in_full_cache
-    set_use_attn_result = HookedTransformer.set_use_attn_result
-    set_use_split_qkv_input = HookedTransformer.set_use_split_qkv_input
-    set_use_attn_in = HookedTransformer.set_use_attn_in
-    set_use_hook_mlp_in = HookedTransformer.set_use_hook_mlp_in
-
-    def cache_size(self, *args: Any, **kwargs: Any) -> Any:
-        """Not measured before a run: always raises NotImplementedError."""
-        raise NotImplementedError("run_with_cache(...)[1].nbytes says what a run has recorded")
-
-    def why_missing(self, name: str) -> str:
-        """Why a point of the classic naming is absent from this model."""
-        if name in ("hook_embed", "hook_pos_embed"):
-            return f"An encoder's is embed.{name}."
-        return ""
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

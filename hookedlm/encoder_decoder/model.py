@@ -10,42 +10,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hookedlm.axes import LOGITS, STREAM
-from hookedlm.caching import CachingMethods
 from hookedlm.config import HookedTransformerConfig
 from hookedlm.convert.encoder_decoder import (
     EncoderDecoderLayers,
     decoder_context,
     encoder_context,
 )
-from hookedlm.driver import LatestContexts
 from hookedlm.encoder_decoder.check import check
 from hookedlm.encoder_decoder.generation import GenerationMethods
 from hookedlm.encoder_decoder.inputs import DecoderTokens, Input, InputMethods, Tokens
-from hookedlm.encoder_decoder.loading import fresh_layers, load_encoder_decoder
+from hookedlm.encoder_decoder.loading import DOOR, fresh_layers
+from hookedlm.encoders import EncoderBase, Loaded
 from hookedlm.errors import InputError, WeightError
 from hookedlm.hooks import HookPoint
 from hookedlm.layers.context import Context
 from hookedlm.layers.cross import CrossContext
 from hookedlm.layers.norm import Same
 from hookedlm.layers.relative import RelativeAttention
-from hookedlm.model import HookedTransformer
-from hookedlm.placing import PlacingMethods
-from hookedlm.root import HookedRootModule
-from hookedlm.weights import WeightMethods
 
 Stream = Float[Tensor, "batch pos d_model"]
 DecoderStream = Float[Tensor, "batch decoder_pos d_model"]
 ReturnType = Literal["logits"] | None
 
 
-class HookedEncoderDecoder(
-    CachingMethods,
-    WeightMethods,
-    InputMethods,
-    GenerationMethods,
-    PlacingMethods,
-    HookedRootModule,
-):
+class HookedEncoderDecoder(InputMethods, GenerationMethods, EncoderBase):
     """A T5 or BART as one instrumented model, on Hugging Face's own tensors.
 
     Hook names are the classic ones (docs/hooks.md): ``hook_embed``, ``encoder.L.hook_resid_pre``,
@@ -54,6 +42,8 @@ class HookedEncoderDecoder(
     1910.13461.
     """
 
+    what = "encoder-decoder"
+
     def __init__(
         self,
         cfg: HookedTransformerConfig | dict[str, Any],
@@ -61,9 +51,7 @@ class HookedEncoderDecoder(
         move_to_device: bool = True,
     ):
         super().__init__()
-        self.cfg = HookedTransformerConfig.unwrap(cfg)
-        if self.cfg.n_devices != 1:
-            raise InputError("n_devices: an encoder-decoder stands on one device here")
+        self._begin(cfg)
         self.tokenizer = tokenizer
         # A config out of a checkpoint brings its layers along: a subclass has these arguments only.
         layers = vars(self.cfg).pop("layers_read", None)
@@ -72,14 +60,11 @@ class HookedEncoderDecoder(
                 self.cfg.d_vocab = self.cfg.d_vocab_out = len(tokenizer)
             layers = fresh_layers(self.cfg)
         self._build(layers)
-        if move_to_device and self.cfg.device is not None:
-            self.to(self.cfg.device)
+        self._finish(move_to_device)
 
     def _build(self, layers: EncoderDecoderLayers) -> None:
         """Put finished layers in, in the order in which their hooks fire."""
         self._hf_config = layers.config
-        self._outside: list[Any] = []
-        self.driver = LatestContexts()
         self.embed = layers.embed
         self.hook_embed = HookPoint(STREAM, shares=True)
         self.pos_embed = layers.encoder.pos_embed
@@ -97,7 +82,6 @@ class HookedEncoderDecoder(
         self.decoder_final_ln: nn.Module = layers.decoder.final_ln or Same()
         self.unembed = layers.unembed
         self.hook_logits = HookPoint(LOGITS)
-        self.setup()
 
     @classmethod
     def from_pretrained(
@@ -116,22 +100,17 @@ class HookedEncoderDecoder(
 
         Raises LoadError when there is nothing to read, ConversionError when the numbers differ.
         """
-        if checkpoint_index is not None or checkpoint_value is not None:
-            raise NotImplementedError(
-                "checkpoints of encoder-decoders: name a revision=... instead"
-            )
-        loaded = load_encoder_decoder(
-            model_name, hf_model, tokenizer, dtype, from_pretrained_kwargs
-        )
+        cls._refuse_steps(checkpoint_index, checkpoint_value)
+        loaded = DOOR.load(model_name, hf_model, tokenizer, dtype, from_pretrained_kwargs)
+        return cls._pretrained(loaded, device, move_to_device)
+
+    @classmethod
+    def _of(cls, loaded: Loaded[EncoderDecoderLayers]) -> HookedEncoderDecoder:
         vars(loaded.cfg)["layers_read"] = loaded.layers
-        hooked = cls(loaded.cfg, loaded.tokenizer, move_to_device=False)
-        hooked.eval()
-        check(hooked, loaded.hf_model)
-        if loaded.casts or device is not None:
-            hooked.to(device=device or hooked.device, dtype=loaded.dtype)
-        elif move_to_device and hf_model is None:
-            hooked.to(loaded.device)
-        return hooked
+        return cls(loaded.cfg, loaded.companion, move_to_device=False)
+
+    def _check(self, hf_model: Any) -> None:
+        check(self, hf_model)
 
     # Running --------------------------------------------------------------------------------------
 
@@ -229,12 +208,6 @@ class HookedEncoderDecoder(
 
     # Names ----------------------------------------------------------------------------------------
 
-    is_in_full_cache = HookedTransformer.is_in_full_cache
-    set_use_attn_result = HookedTransformer.set_use_attn_result
-    set_use_split_qkv_input = HookedTransformer.set_use_split_qkv_input
-    set_use_attn_in = HookedTransformer.set_use_attn_in
-    set_use_hook_mlp_in = HookedTransformer.set_use_hook_mlp_in
-
     def why_missing(self, name: str) -> str:
         """Why a point of the classic naming is absent from this model."""
         if name.startswith("blocks."):
@@ -265,10 +238,6 @@ class HookedEncoderDecoder(
     def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> Any:
         """Heads of two stacks do not compose in order of their layers: always raises InputError."""
         return self.blocks
-
-    def cache_size(self, *args: Any, **kwargs: Any) -> Any:
-        """Not measured before a run: always raises NotImplementedError."""
-        raise NotImplementedError("run_with_cache(...)[1].nbytes says what a run has recorded")
 
     def all_head_labels(self) -> list[str]:
         """``["EL0H0", ..., "DL0H0", ...]``: heads of the encoder's layers, then the decoder's."""

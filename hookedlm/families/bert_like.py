@@ -3,7 +3,7 @@
 
 from hookedlm.families.bert import BERT
 from hookedlm.families.gpt2 import GPT2
-from hookedlm.families.row import Row
+from hookedlm.families.row import Choice, Row
 
 
 def head_at(place: str, act: str, norm: str) -> dict[str, str]:
@@ -43,7 +43,15 @@ ROBERTA = roberta_like("roberta")
 ROWS = {
     "bert": bert_like("bert"),
     "bert-generation": bert_like("bert").but(head_dense=None, unembed="lm_head.decoder"),
-    "big_bird": bert_like("bert"),
+    "big_bird": bert_like("bert").but(
+        refused=(
+            Choice("is_decoder", {True: None, False: ".bert.attention_type"}),
+            "block_sparse",
+            "its attention turns sparse beyond some 700 tokens (attention_type='block_sparse'), "
+            "which has no form here. Load it with attention_type='original_full', or call "
+            "model.bert.set_attention_type('original_full') first.",
+        )
+    ),
     "electra": bert_like("electra").but(
         **head_at("generator_predictions", "generator_predictions.activation", "LayerNorm"),
         unembed="generator_lm_head",

@@ -35,6 +35,7 @@ ROWS = {
     "axk1": DEEPSEEK.but(ln2_post=("mlp.post_mlp_layernorm",)),
     "axk2": DEEPSEEK.but(rotary="interleaved"),
     "mistral4": DEEPSEEK.but(temperature="log"),
+    "dots3_note_text": DEEPSEEK.but(rotary="interleaved"),
     "youtu": DEEPSEEK,
     "minicpm3": DEEPSEEK.but(
         rotary="tables",

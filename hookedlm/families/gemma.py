@@ -4,7 +4,6 @@ from hookedlm.families.llama import LLAMA, PER_HEAD_NORMS
 
 GEMMA = LLAMA.but(
     norm_offset=1.0,
-    norm_late_cast=True,
     embed_scale="model.embed_tokens.embed_scale",
     causal="self_attn.is_causal",
 )

@@ -28,7 +28,6 @@ NEOX = GPT2.but(
 
 COHERE = LLAMA.but(
     norm="LN",
-    norm_late_cast=True,
     layout="parallel",
     branches_first=False,
     ln2=None,

@@ -52,7 +52,6 @@ LFM2 = LLAMA.but(
 QWEN3_NEXT = LLAMA.but(
     **PER_HEAD_NORMS,
     norm_offset=1.0,
-    norm_late_cast=True,
     attn_gate="self_attn.q_proj",
     rotary="partial",
     router="mlp.gate",
@@ -164,7 +163,6 @@ ROWS = {
     "recurrent_gemma": LLAMA.but(
         embed_scale="model.normalizer",
         norm_offset=1.0,
-        norm_late_cast=True,
         ln_final="model.final_norm",
         ln1="temporal_pre_norm",
         ln2="channel_pre_norm",
@@ -217,6 +215,8 @@ ROWS = {
         base="rwkv",
         blocks="rwkv.blocks",
         embed="rwkv.embeddings",
+        embed_norm="rwkv.embeddings.norm",
+        entry_norm="rwkv.blocks.0.pre_ln",
         ln_final="rwkv.ln_out",
         unembed="head",
         norm="LN",
@@ -254,9 +254,14 @@ ROWS = {
     "minimax_m3_vl_text": LLAMA.but(
         **PER_HEAD_NORMS,
         norm_offset=1.0,
-        norm_late_cast=True,
         rotary="partial",
+        gate=None,
+        up=None,
+        gate_up="mlp.gate_up_proj",
+        swish_beta="config.swiglu_alpha",
+        gated_limit="config.swiglu_limit",
         router="mlp.gate",
+        routed_scale="mlp.routed_scaling_factor",
         shared="mlp.shared_experts",
     ),
 }

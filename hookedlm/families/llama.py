@@ -11,6 +11,7 @@ FUSED_MLP = {
     "gate": None, "up": None, "gate_up": "mlp.gate_up_proj", "act": "mlp.activation_fn",
 }  # fmt: skip
 FUSED_QKV = {"q": None, "k": None, "v": None, "qkv": "self_attn.qkv_proj"}
+FLOAT32_SINKS = {"sinks": "self_attn.sinks", "scores32": True}
 LOCAL_IF_ANY = Choice(
     "sliding_window", {None: True, True: "self_attn.is_sliding", False: "self_attn.is_sliding"}
 )
@@ -69,7 +70,6 @@ ROWS = {
     "jais2": LLAMA.but(**PLAIN_MLP, norm="LN"),
     "nemotron": LLAMA.but(**PLAIN_MLP, norm="LN", norm_offset=1.0),
     "moshi": LLAMA.but(
-        norm_late_cast=True,
         **{x: f"self_attn.{x}_proj.linear" for x in "qkvo"},
         rotary_tables="self_attn.rotary_emb",
         gate=None,
@@ -107,10 +107,10 @@ ROWS = {
     "glm": GLM,
     "glm4": GLM.but(ln1_post="post_self_attn_layernorm", ln2_post="post_mlp_layernorm"),
     "granite": GRANITE,
-    "granite_swa": GRANITE.but(sinks="self_attn.sinks", window="self_attn.sliding_window"),
+    "granite_swa": GRANITE.but(**FLOAT32_SINKS, window="self_attn.sliding_window"),
     "granitemoe": GRANITE_MOE,
     "granitemoeshared": GRANITE_MOE,
-    "granitemoe_swa": GRANITE_MOE.but(sinks="self_attn.sinks", window="self_attn.sliding_window"),
+    "granitemoe_swa": GRANITE_MOE.but(**FLOAT32_SINKS, window="self_attn.sliding_window"),
     "hyperclovax": GRANITE.but(
         ln1_post="post_norm1",
         ln2_post="post_norm2",

@@ -14,6 +14,7 @@ MAMBA = Row(
     attn=None,
     mlp=None,
     rotary=None,
+    stream32=".residual_in_fp32",
 )
 
 ROWS = {"mamba": MAMBA, "falcon_mamba": MAMBA}

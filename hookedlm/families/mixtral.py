@@ -1,6 +1,12 @@
 """Mixtures of experts in Llama's body."""
 
-from hookedlm.families.llama import FULL_WIDTH_NORMS, LLAMA, LOCAL_IF_ANY, PER_HEAD_NORMS
+from hookedlm.families.llama import (
+    FLOAT32_SINKS,
+    FULL_WIDTH_NORMS,
+    LLAMA,
+    LOCAL_IF_ANY,
+    PER_HEAD_NORMS,
+)
 from hookedlm.families.row import Choice
 
 MIXTRAL = LLAMA.but(router="mlp.gate", window="config.sliding_window")
@@ -32,8 +38,8 @@ ROWS = {
     "flint": SHARED.but(
         **PER_HEAD_NORMS,
         **WINDOW,
+        **FLOAT32_SINKS,
         shared="mlp.shared_expert",
-        sinks="self_attn.sinks",
         rotary_if="self_attn.sliding_window",
     ),
     "kolibri1": SHARED.but(
@@ -101,6 +107,7 @@ ROWS = {
         act="feed_forward.activation_fn",
         router="feed_forward.router",
         experts="feed_forward.experts",
+        expert_form={"is_transposed": True},
         shared="feed_forward.shared_expert",
         weighted_input=True,
         router_scores=True,
@@ -125,11 +132,11 @@ ROWS = {
         mlp="ffn",
         router="ffn.router",
         experts="ffn.experts",
+        expert_matrices=("mlp.w1", "mlp.v1", "mlp.w2"),
         top_k="ffn.top_k",
         picks="ffn.route_tokens_to_experts",
     ),
     "gpt_oss": LLAMA.but(
-        norm_late_cast=True,
         sinks="self_attn.sinks",
         window="self_attn.sliding_window",
         router="mlp.router",

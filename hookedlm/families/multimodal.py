@@ -8,7 +8,12 @@ from hookedlm.families.llama import ROWS as LLAMAS
 from hookedlm.families.mixtral import ROWS as MIXTURES
 
 ROWS = {
-    "git": bert_like("git").but(unembed="output", causal=True, type_embed=None),
+    "git": bert_like("git").but(
+        unembed="output",
+        causal=True,
+        type_embed=None,
+        asked=("attention.self.image_patch_tokens",),
+    ),
     "glm4v_text": LLAMAS["glm4"].but(rotary="tables"),
     "glm_ocr_text": LLAMAS["glm4"].but(rotary="tables"),
     "glm4v_moe_text": MIXTURES["glm4_moe"].but(rotary="tables"),

@@ -8,17 +8,15 @@ OLMO2 = LLAMA.but(
     ln2=None,
     ln1_post="post_attention_layernorm",
     ln2_post="post_feedforward_layernorm",
-    norm_late_cast=True,
 )
 
 ROWS = {
-    "olmo": LLAMA.but(norm="LN", norm_eps=1e-5, norm_late_cast=True, clip="config.clip_qkv"),
+    "olmo": LLAMA.but(norm="LN", norm_eps=1e-5, clip="config.clip_qkv"),
     "olmo2": OLMO2,
     "olmo3": OLMO2.but(window="self_attn.sliding_window"),
     "flex_olmo": OLMO2.but(router="mlp.gate"),
     "exaone4": OLMO2.but(
         qk_norm="head",
-        norm_late_cast=False,
         window="self_attn.sliding_window",
         rotary_if=LOCAL_IF_ANY,
     ),

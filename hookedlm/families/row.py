@@ -34,12 +34,16 @@ class Row:
     """The defaults are Llama's; a relative says how it differs (`but`). Prints as its source."""
 
     # The model
+    refused: tuple[Fact, Any, str] | None = None
+    """(a fact, its value in models that blocks of ours would compute wrongly, what to do then)."""
     base: str = "model"
     blocks: str = "model.layers"
     more_blocks: tuple[str, ...] = ()
     embed: str = "model.embed_tokens"
     embed_scale: Fact = None
     embed_norm: Place = None
+    entry_norm: Place = None
+    """A norm inside of block 0, which is the embedding's: found there as ``<embed>.norm``."""
     embed_proj: Place = None
     codebooks: Fact = None
     pos_embed: Place = None
@@ -65,6 +69,7 @@ class Row:
     keep_mlp: Fact = None
     depth_scaled: tuple[str, str] | None = None
     post_scale: Fact = None
+    stream32: Fact = False
     ple_gate: Place = None
     ple_proj: Place = None
     ple_norm: Place = None
@@ -87,7 +92,6 @@ class Row:
     norm: Fact = "RMS"
     norm_eps: Fact = None
     norm_offset: float = 0.0
-    norm_late_cast: bool = False
 
     # Attention
     attn: Place = "self_attn"
@@ -129,6 +133,7 @@ class Row:
     softcap: Fact = None
     clip: Fact = None
     sinks: Place = None
+    scores32: bool = False
     window: Fact = None
     causal: Fact = True
 
@@ -150,9 +155,13 @@ class Row:
     act: Place = "mlp.act_fn"
     act_name: str | None = None
     act_in_scale: Fact = None
+    swish_beta: Fact = None
+    gated_limit: Fact = None
     mlp_norm: Place = None
     router: Place = None
     experts: Place = "mlp.experts"
+    expert_form: Mapping[str, bool] | None = None
+    expert_matrices: tuple[str, str, str] | None = None
     router_bias: Place = None
     router_batched: bool = False
     router_scores: bool = False
@@ -167,7 +176,7 @@ class Row:
     @property
     def assembled(self) -> bool:
         """Whether the blocks are made of parts that the model's loop keeps otherwise."""
-        return bool(self.parallel_lists or self.two_streams)
+        return bool(self.parallel_lists or self.two_streams or self.entry_norm)
 
     def __repr__(self) -> str:
         usual, said = vars(type(self)()), vars(self)

@@ -159,11 +159,26 @@ MBART = BART.but(
     ),
 )
 
+BLENDERBOT = MBART.but(
+    encoder=replace(MBART.encoder, pos_offset=0, embed_norm=None),
+    decoder=replace(MBART.decoder, pos_offset=0, embed_norm=None),
+)
+MARIAN = BART.but(
+    encoder=replace(_BART_ENCODER, pos_offset=0, embed_norm=None),
+    decoder=replace(_BART_DECODER, pos_offset=0, embed_norm=None),
+    embed_scale="model.encoder.embed_scale",
+)
+
 ENCODER_DECODERS: dict[str, EncoderDecoderRow] = {
     "t5": T5,
     "mt5": T5.but(scales_output=False),
     "umt5": T5.but(scales_output="config.tie_word_embeddings"),
     "bart": BART,
     "mbart": MBART,
+    "plbart": BART,
+    "mvp": BART.but(embed_scale="model.encoder.embed_scale"),
+    "marian": MARIAN,
+    "blenderbot": BLENDERBOT,
+    "pegasus": BLENDERBOT.but(embed_scale="model.encoder.embed_scale"),
 }
 """``config.model_type`` -> row."""

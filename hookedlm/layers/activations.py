@@ -89,3 +89,14 @@ class ScaledInput(nn.Module):
 
     def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         return self.act(x * self.factor)
+
+
+class Swish(nn.Module):
+    """``x sigmoid(beta x)`` (arXiv 1710.05941)."""
+
+    def __init__(self, beta: float):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        return x * torch.sigmoid(x * self.beta)

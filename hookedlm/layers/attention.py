@@ -15,6 +15,7 @@ from hookedlm.hooks import HookPoint
 from hookedlm.layers import attention_math as math
 from hookedlm.layers.context import Context
 from hookedlm.layers.qkv import FusedQKV, from_heads, into_heads, per_head_into_heads
+from hookedlm.layers.qkv_steps import Three, late_steps_of, steps_of
 from hookedlm.layers.weights import Weights
 from hookedlm.spec import AttentionSpec
 
@@ -61,6 +62,7 @@ class Attention(Weights):
         self.rotate = rotate if spec.rotary else None
         self.fused = tensors.fused
         self._always_longhand = spec.longhand
+        self._steps, self._late_steps = steps_of(spec, v_norm is not None), late_steps_of(spec)
         self.ungrouped = False
         _, d_value, d_model = tensors.W_O.shape
         for name in ("W_Q", "W_K", "W_V", "W_O"):
@@ -131,8 +133,8 @@ class Attention(Weights):
         if self.rotate is not None:
             assert ctx.rotary is not None, "a rotary layer was given no tables"
             q, k = (x.transpose(1, 2) for x in self.rotate(q, k, ctx.rotary))
-            if self.spec.late_qk_norm:
-                q, k = self._qk_normed(q, k)
+            for step in self._late_steps:
+                q, k, v = step(self, q, k, v)
             q = self.hook_rot_q(q).transpose(1, 2)
             k = self.hook_rot_k(k).transpose(1, 2)
         if ctx.remember is not None:
@@ -152,7 +154,7 @@ class Attention(Weights):
 
     # Project in -----------------------------------------------------------------------------------
 
-    def _project_in(self, x_q: Tensor, x_k: Tensor, x_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_in(self, x_q: Tensor, x_k: Tensor, x_v: Tensor) -> Three:
         p = self._parameters
         if x_q.ndim == 4:  # a stream for every head
             q = per_head_into_heads(x_q, self.W_Q, p["b_Q"])
@@ -164,7 +166,7 @@ class Attention(Weights):
                 into_heads(x_k, self.W_K, p["b_K"]),
                 into_heads(x_v, self.W_V, p["b_V"]),
             )
-        return self._normed(q, k, v)
+        return self._corrected(q, k, v)
 
     def _keys_from_copies(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         n = x.shape[2]  # more than W has where heads are ungrouped
@@ -175,7 +177,7 @@ class Attention(Weights):
         """Keys or values with a head of its own, not a view, for every query head."""
         return x.repeat_interleave(self.spec.n_heads // x.shape[2], dim=2)
 
-    def _fused_projection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _fused_projection(self, x: Tensor) -> Three | None:
         if self.fused is None:
             return None
         p = self._parameters
@@ -190,41 +192,16 @@ class Attention(Weights):
         y = F.linear(x, *matrix)
         return self.fused.split(y, spec.n_heads, spec.n_kv_heads, spec.d_head)
 
-    def _normed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        spec = self.spec
-        if spec.qk_norm == "full":
-            q = self.q_norm(q.flatten(2)).view(q.shape)
-            k = self._each_group(k, lambda k: self.k_norm(k.flatten(2)).view(k.shape))
-        if spec.clip is not None:
-            q, k, v = (x.clamp(min=-spec.clip, max=spec.clip) for x in (q, k, v))
-        if not spec.late_qk_norm:
-            q, k = self._qk_normed(q, k)
-        if "v_norm" in self._modules:
-            v = self.v_norm(v)
-        return q, k, v if spec.value_scale == 1.0 else v * spec.value_scale
-
-    def _qk_normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys ``[batch, pos, head, d_head]``, normed each on its own."""
-        if self.spec.qk_norm == "head":
-            return self.q_norm(q), self.k_norm(k)
-        if self.spec.qk_norm == "module":
-            q = self.q_norm(q.transpose(1, 2)).transpose(1, 2)
-            k = self._each_group(k, lambda k: self.k_norm(k.transpose(1, 2)).transpose(1, 2))
-        return q, k
+    def _corrected(self, q: Tensor, k: Tensor, v: Tensor) -> Three:
+        for step in self._steps:
+            q, k, v = step(self, q, k, v)
+        return q, k, v
 
     def _finished(self, z: Tensor, x: Tensor) -> Float[Tensor, "batch pos head d_head"]:
         """What stands between the weighted values and ``W_O``."""
         if self.z_norm is not None:
             z = self.z_norm(z.flatten(2)).view(z.shape)
         return z if self.gate is None else z * self.gate(x)
-
-    def _each_group(self, k: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """A norm over all key heads together, when there is a key for every query head: the first
-        key of each group is normed with the first of the others, and so on."""
-        n = k.shape[2] // self.spec.n_kv_heads
-        if n == 1:
-            return norm(k)
-        return torch.stack([norm(k[:, :, i::n]) for i in range(n)], dim=3).flatten(2, 3)
 
     # Attend ---------------------------------------------------------------------------------------
 
@@ -239,8 +216,8 @@ class Attention(Weights):
             return math.fused(q, k, v, ctx.mask, ctx.bias, scale, self.spec.causal)
         allowed = self.allowed(q.shape[2], k.shape[2], ctx, q.device)
         scores = self.hook_attn_scores(self.scores(q, k, scale, allowed, ctx))
-        pattern = self.hook_pattern(math.attention_pattern(scores, self.live("sinks")))
-        return math.weighted_values(pattern, v)
+        pattern = math.attention_pattern(scores, self.live("sinks")).to(v.dtype)
+        return math.weighted_values(self.hook_pattern(pattern), v)
 
     def allowed(
         self, n_query: int, n_key: int, ctx: Context, device: torch.device
@@ -263,6 +240,8 @@ class Attention(Weights):
             additive = ctx.mask[..., -q.shape[2] :, : k.shape[2]]
             bias = additive if bias is None else bias + additive
         q = self._tempered(q, ctx)
+        if self.spec.scores32:
+            q, k = q.float(), k.float()
         scores = math.attention_scores(q, k, scale, bias, self.spec.softcap)
         return math.masked(scores.to(q.dtype), allowed)
 

@@ -1,5 +1,6 @@
 """BERT's parts: an embedding of three sums, a block that norms the stream after each addition, and
-the heads on top (arXiv 1810.04805).
+the heads on top (arXiv 1810.04805); RoBERTa's positions (1907.11692), ELECTRA's projection and
+discriminator (2003.10555).
 
 ::
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hookedlm.axes import STREAM
+from hookedlm.axes import EMBEDDED, STREAM, split_axes
 from hookedlm.hooks import HookPoint
 from hookedlm.layers.block import SAME, AttentionBranch, Parts
 from hookedlm.layers.context import Context
@@ -29,25 +30,92 @@ from hookedlm.spec import BlockSpec
 Stream = Float[Tensor, "batch pos d_model"]
 
 
-class BertEmbed(nn.Module):
-    """Token, position and token-type embedding, summed and normed."""
+class CountedPosEmbed(PosEmbed):
+    """Position embedding whose positions count the tokens that are not ``padding``, from 0 on.
 
-    def __init__(self, embed: Embed, pos_embed: PosEmbed, types: TokenTypeEmbed, ln: Norm):
+    Padding has a row of its own, ``W_padding``, wherever it stands.
+    """
+
+    def __init__(
+        self,
+        W_pos: Float[Tensor, "n_ctx d_model"],
+        padding: int,
+        W_padding: Float[Tensor, "1 d_model"],
+    ):
+        super().__init__(W_pos)
+        self.padding = padding
+        self.put("W_padding", W_padding, None, "")
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        past_kv_pos_offset: int = 0,
+        attention_mask: Int[Tensor, "batch all_pos"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What is added to the embedding of ``tokens``; the mask has no say in it."""
+        real = tokens != self.padding
+        positions = real.long().cumsum(-1) - 1 + past_kv_pos_offset
+        return torch.where(real[..., None], self.at(positions), self.W_padding)
+
+
+class Project(Weights):
+    """``x W + b``: from embeddings of another width into the stream."""
+
+    def __init__(
+        self, W: Float[Tensor, "d_embed d_model"], b: Float[Tensor, "d_model"] | None = None
+    ):
         super().__init__()
+        self.put("W", W, None, "")
+        self.put("b", b, (W.shape[1],), "W")
+
+    def forward(self, x: Float[Tensor, "*batch d_embed"]) -> Float[Tensor, "*batch d_model"]:
+        return F.linear(x, self.W.t(), self._parameters["b"])
+
+    def linearised(
+        self, x: Float[Tensor, "*batch d_embed"], biased: bool
+    ) -> Float[Tensor, "*batch d_model"]:
+        """A part of what is projected; the bias belongs to one of them."""
+        return self(x) if biased else F.linear(x, self.W.t())
+
+
+class BertEmbed(nn.Module):
+    """Token, position and (where ``types`` is given) token-type embedding, summed and normed, then
+    projected into the stream where they are of another width."""
+
+    def __init__(
+        self,
+        embed: Embed,
+        pos_embed: PosEmbed,
+        types: TokenTypeEmbed | None,
+        ln: Norm,
+        project: Project | None = None,
+    ):
+        super().__init__()
+        axes = STREAM if project is None else EMBEDDED
         self.embed = embed
-        self.hook_embed = HookPoint(STREAM, shares=True)
+        self.hook_embed = HookPoint(axes, shares=True)
         self.pos_embed = pos_embed
-        self.hook_pos_embed = HookPoint(STREAM, shares=True)
+        self.hook_pos_embed = HookPoint(axes, shares=True)
         self.token_type_embed = types
-        self.hook_token_type_embed = HookPoint(STREAM, shares=True)
+        if types is not None:
+            self.hook_token_type_embed = HookPoint(axes, shares=True)
         self.ln = ln
+        if project is not None:
+            ln.hook_normalized.axes = split_axes(axes)
+        self.project = project
 
     def forward(self, tokens: Int[Tensor, "batch pos"], types: Int[Tensor, "batch pos"]) -> Stream:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        embedded = self.hook_embed(self.embed(tokens))
-        places = self.hook_pos_embed(self.pos_embed.at(positions).expand(embedded.shape))
-        of_type = self.hook_token_type_embed(self.token_type_embed(types))
-        return self.ln(embedded + of_type + places)
+        summed = self.hook_embed(self.embed(tokens))
+        places = self.hook_pos_embed(self.pos_embed(tokens).expand(summed.shape))
+        if self.token_type_embed is not None:
+            summed = summed + self.hook_token_type_embed(self.token_type_embed(types))
+        normed = self.ln(summed + places)
+        return normed if self.project is None else self.project(normed)
+
+    @property
+    def n_types(self) -> int:
+        """How many token types are told apart."""
+        return 1 if self.token_type_embed is None else len(self.token_type_embed.W_token_type)
 
 
 class BertBlock(AttentionBranch):
@@ -82,8 +150,8 @@ class BertMLMHead(Weights):
 
     def __init__(
         self,
-        W: Float[Tensor, "d_model d_model"],
-        b: Float[Tensor, "d_model"] | None,
+        W: Float[Tensor, "d_model d_embed"],
+        b: Float[Tensor, "d_embed"] | None,
         act: Callable[[Tensor], Tensor],
         ln: Norm,
     ):
@@ -92,8 +160,10 @@ class BertMLMHead(Weights):
         self.put("b", b, (W.shape[1],), "W")
         self.act_fn = act
         self.ln = ln
+        if W.shape[0] != W.shape[1]:
+            ln.hook_normalized.axes = split_axes(EMBEDDED)
 
-    def forward(self, resid: Stream) -> Stream:
+    def forward(self, resid: Stream) -> Float[Tensor, "batch pos d_embed"]:
         return self.ln(self.act_fn(F.linear(resid, self.W.t(), self._parameters["b"])))
 
 
@@ -122,3 +192,28 @@ class BertNSPHead(Weights):
 
     def forward(self, pooled: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch choice"]:
         return self.hook_nsp_out(F.linear(pooled, self.W.t(), self._parameters["b"]))
+
+
+class BertRTDHead(Weights):
+    """``act(x W + b) w + c``: how likely each token was replaced, as a logit (ELECTRA)."""
+
+    def __init__(
+        self,
+        W: Float[Tensor, "d_model d_model"],
+        b: Float[Tensor, "d_model"] | None,
+        act: Callable[[Tensor], Tensor],
+        W_out: Float[Tensor, "d_model 1"],
+        b_out: Float[Tensor, "1"] | None,
+    ):
+        super().__init__()
+        self.put("W", W, None, "")
+        self.put("b", b, (W.shape[1],), "W")
+        self.act_fn = act
+        self.put("W_out", W_out, None, "")
+        self.put("b_out", b_out, (1,), "W_out")
+        self.hook_rtd_out = HookPoint("batch pos")
+
+    def forward(self, resid: Stream) -> Float[Tensor, "batch pos"]:
+        hidden = self.act_fn(F.linear(resid, self.W.t(), self._parameters["b"]))
+        logits = F.linear(hidden, self.W_out.t(), self._parameters["b_out"])
+        return self.hook_rtd_out(logits.squeeze(-1))

@@ -14,11 +14,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from torch import nn
 
 from hookedlm.axes import STREAM
 from hookedlm.hooks import HookPoint
-from hookedlm.layers.block import SAME, AttentionBranch, Parts, Stream, times
+from hookedlm.layers.block import SAME, AttentionBranch, MixerBlock, Parts, Stream, times
 from hookedlm.layers.context import Context
 from hookedlm.layers.norm import Same
 from hookedlm.spec import BlockSpec
@@ -113,3 +115,13 @@ class MLPBlock(AttentionBranch):
         pre = self.hook_resid_pre(resid)
         mlp_out = self._mlp_of_normed(self.ln2(self.hook_mlp_in(pre)))
         return self.hook_resid_post(self.mlp_keep(pre) + mlp_out)
+
+
+class Float32StreamBlock(MixerBlock):
+    """A mixer's block that keeps the stream in float32, whatever its weights are in: its norm reads
+    the stream in their dtype (``residual_in_fp32`` in the code of arXiv 2312.00752)."""
+
+    def forward(self, resid: Stream, ctx: Context) -> Stream:
+        pre = self.hook_resid_pre(resid)
+        dtype = next(chain(self.ln1.parameters(), self.mixer.parameters())).dtype
+        return self.hook_resid_post(pre.float() + self.mixer(self.ln1(pre.to(dtype)), ctx))

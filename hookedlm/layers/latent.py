@@ -17,10 +17,8 @@ from hookedlm.layers.attention import Attention, AttentionTensors, Rotate
 from hookedlm.layers.context import Context
 from hookedlm.layers.norm import Norm, observed
 from hookedlm.layers.qkv import into_heads, per_head_into_heads
+from hookedlm.layers.qkv_steps import Three
 from hookedlm.spec import LatentAttentionSpec
-
-Three = tuple[Tensor, Tensor, Tensor]
-"""Queries, keys and values ``[batch, pos, head, d_head]``; values may be of another width."""
 
 
 @dataclass(kw_only=True)
@@ -100,7 +98,7 @@ class LatentAttention(Attention):
         else:
             qkv, source = self._from_copies(x_q, x_k, x_v, x)
         ctx = self._narrowed(ctx, x_q if x is None else x.squeeze(2), source)
-        return self._attended(*self._normed(*qkv), x_q, ctx)
+        return self._attended(*self._corrected(*qkv), x_q, ctx)
 
     def _narrowed(self, ctx: Context, x: Tensor, source: Tensor) -> Context:
         """The context of attention to some of the keys; all of them here. ``x`` is the normed

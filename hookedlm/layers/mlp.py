@@ -84,8 +84,27 @@ class GatedMLP(Weights):
         p = self._parameters
         pre = self.hook_pre(F.linear(x, p["W_gate"].t(), p["b_gate"]))
         linear = self.hook_pre_linear(F.linear(x, p["W_in"].t(), p["b_in"]))
-        return self.out(self.hook_post(self.ln(self.hook_mid(self.act_fn(pre) * linear))))
+        return self.out(self.hook_post(self.ln(self.hook_mid(self.combine(pre, linear)))))
+
+    def combine(
+        self, pre: Float[Tensor, "*batch d_mlp"], linear: Float[Tensor, "*batch d_mlp"]
+    ) -> Float[Tensor, "*batch d_mlp"]:
+        """What the neurons make of both branches."""
+        return self.act_fn(pre) * linear
 
     def out(self, post: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_model"]:
         """What the neurons write, bias included."""
         return F.linear(post, self._parameters["W_out"].t(), self._parameters["b_out"])
+
+
+class ClampedMLP(GatedMLP):
+    """A gated MLP whose neurons say ``act(min(gate, limit)) * (clamp(linear, -limit, limit) + 1)``
+    (arXiv 2508.10925, the reference implementation of gpt-oss)."""
+
+    def combine(
+        self, pre: Float[Tensor, "*batch d_mlp"], linear: Float[Tensor, "*batch d_mlp"]
+    ) -> Float[Tensor, "*batch d_mlp"]:
+        """What the neurons make of both branches."""
+        limit = self.spec.limit
+        assert limit is not None
+        return self.act_fn(pre.clamp(max=limit)) * (linear.clamp(-limit, limit) + 1)

@@ -33,7 +33,7 @@ class ExpertNeurons(Protocol):
     """Single experts, taken apart at their neurons."""
 
     branches: tuple[str, ...]
-    """What `pre` gives: "pre", and "pre_linear" beside a gate; nothing if it can't be told."""
+    """What `pre` gives: "pre", and "pre_linear" beside a gate."""
 
     def pre(self, expert: int, x: Float[Tensor, "token d_model"]) -> tuple[Tensor, ...]:
         """What enters the activation ``[token, d_mlp]``, and the linear branch if gated."""
@@ -138,8 +138,7 @@ class MoE(nn.Module):
     ) -> Float[Tensor, "batch pos expert d_model"]:
         """Each expert's output times its weight."""
         if any(point.wanted for point in self._inner):
-            outs = self._neuron_by_neuron(flat, shape) * dense.unflatten(0, shape[:2])[..., None]
-            return self._scaled(outs.to(flat.dtype), self.spec.scale)
+            return self._scaled(self._neuron_by_neuron(flat, dense, shape), self.spec.scale)
         every = self._every(dense)
         each = [
             self.experts(flat, every[:, e : e + 1], dense[:, e : e + 1]).view(shape)
@@ -148,21 +147,21 @@ class MoE(nn.Module):
         return self._scaled(torch.stack(each, dim=2), self.spec.scale)
 
     def _neuron_by_neuron(
-        self, flat: Tensor, shape: torch.Size
+        self, flat: Tensor, dense: Tensor, shape: torch.Size
     ) -> Float[Tensor, "batch pos expert d_model"]:
-        """What every expert would write, whoever was picked, through hooks on its neurons."""
+        """Each expert's output times its weight, whoever was picked, through hooks on neurons."""
         assert self.neurons is not None
-        every = range(self.spec.n_experts)
-        pres = zip(*(self.neurons.pre(e, flat) for e in every), strict=True)
+        every, weighs_input = range(self.spec.n_experts), self.spec.weighted_input
+        reads = [flat * dense[:, e, None] if weighs_input else flat for e in every]
+        pres = zip(*(self.neurons.pre(e, reads[e]) for e in every), strict=True)
         stacked = [torch.stack(pre, dim=1).unflatten(0, shape[:2]) for pre in pres]
         *branches, hook_post = self._inner
-        if branches:
-            stacked = [point(pre) for point, pre in zip(branches, stacked, strict=True)]
-        flats = [pre.flatten(0, 1) for pre in stacked]
+        flats = [point(pre).flatten(0, 1) for point, pre in zip(branches, stacked, strict=True)]
         posts = [self.neurons.post(e, tuple(pre[:, e] for pre in flats)) for e in every]
         post = hook_post(torch.stack(posts, dim=1).unflatten(0, shape[:2])).flatten(0, 1)
-        outs = [self.neurons.out(e, post[:, e]) for e in every]
-        return torch.stack(outs, dim=1).unflatten(0, shape[:2])
+        outs = torch.stack([self.neurons.out(e, post[:, e]) for e in every], dim=1)
+        outs = outs if weighs_input else (outs * dense[..., None]).to(flat.dtype)
+        return outs.unflatten(0, shape[:2])
 
     def _every(self, dense: Tensor) -> Int[Tensor, "token expert"]:
         indices = torch.arange(self.spec.n_experts, device=dense.device)

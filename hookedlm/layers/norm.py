@@ -96,6 +96,9 @@ class Norm(Weights):
 
     def _weighted(self, x32: Tensor, dtype: torch.dtype) -> Tensor:
         w, b = self._parameters["w"], self._parameters["b"]
+        if self.spec.native and w is not None:  # as torch rounds: once
+            x32 = x32 * self.weight.float()
+            return (x32 if b is None else x32 + b.float()).to(dtype)
         if w is None:
             x = x32.to(dtype)
         elif self.spec.late_cast:

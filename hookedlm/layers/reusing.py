@@ -11,6 +11,7 @@ from hookedlm.errors import InputError, WeightError
 from hookedlm.hooks import HookPoint
 from hookedlm.layers.attention import Attention, AttentionTensors, Rotate
 from hookedlm.layers.context import Context
+from hookedlm.layers.norm import Same
 from hookedlm.layers.qkv import from_heads, into_heads, per_head_into_heads
 from hookedlm.spec import AttentionSpec
 
@@ -29,8 +30,7 @@ class ReusingAttention(Attention):
         *others: Any,
     ):
         super().__init__(spec, tensors, rotate)
-        if q_norm is not None:
-            self.q_norm = q_norm
+        self.q_norm: nn.Module = Same() if q_norm is None else q_norm
         del self.hook_k
 
     def _key_points(self) -> list[HookPoint]:
@@ -46,7 +46,7 @@ class ReusingAttention(Attention):
         """What attention adds; ``x_k`` and ``x_v`` are not read."""
         project = per_head_into_heads if x_q.ndim == 4 else into_heads
         q = project(x_q, self.W_Q, self._parameters["b_Q"])
-        q = self.hook_q(self.q_norm(q) if "q_norm" in self._modules else q)
+        q = self.hook_q(self.q_norm(q))
         k, v = (x.transpose(1, 2) for x in self._found(ctx))
         if self.ungrouped and any(point.wanted for point in self._key_points()):
             k, v = self._per_query_head(k), self._per_query_head(v)

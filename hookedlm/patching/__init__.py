@@ -1,5 +1,20 @@
 """Patching: runs with something put in an activation's place, one at a time and by the thousand."""
 
+from hookedlm.interventions import (
+    Add,
+    Freeze,
+    Intervention,
+    Mean,
+    Noise,
+    Patch,
+    ProjectOut,
+    Resample,
+    Scale,
+    What,
+    Zero,
+    load,
+    save,
+)
 from hookedlm.patching.classic import (
     generic_activation_patch,
     get_act_patch_attn_head_all_pos_every,
@@ -28,8 +43,29 @@ from hookedlm.patching.classic import (
     layer_pos_patch_setter,
     make_df_from_ranges,
 )
+from hookedlm.patching.metric import Metric
+from hookedlm.patching.metrics import KL, AnswerRank, LogitDiff, LogProb, normalised
+from hookedlm.patching.result import SweepResult
+from hookedlm.patching.sweep import sweep
 
 __all__ = [
+    "KL",
+    "Add",
+    "AnswerRank",
+    "Freeze",
+    "Intervention",
+    "LogProb",
+    "LogitDiff",
+    "Mean",
+    "Metric",
+    "Noise",
+    "Patch",
+    "ProjectOut",
+    "Resample",
+    "Scale",
+    "SweepResult",
+    "What",
+    "Zero",
     "generic_activation_patch",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",
@@ -55,5 +91,9 @@ __all__ = [
     "layer_head_vector_patch_setter",
     "layer_pos_head_vector_patch_setter",
     "layer_pos_patch_setter",
+    "load",
     "make_df_from_ranges",
+    "normalised",
+    "save",
+    "sweep",
 ]

@@ -70,13 +70,23 @@ class BaseRun:
         return x.repeat(n_cells, *[1] * (x.ndim - 1))
 
 
+def listened(model: HookedTransformer) -> bool:
+    """Whether somebody's hooks are in the model: those may count on whole runs of the prompts."""
+    return any(point.wanted for point in model.hook_dict.values())
+
+
 @torch.no_grad()
 def run_base(model: HookedTransformer, tokens: Any, mask: Tensor | None = None) -> BaseRun:
-    """The base run of text, texts or tokens. Nobody may listen to the model meanwhile."""
+    """The base run of text, texts or tokens; no run at all where none can be shared."""
     ids, known, _ = model._read_input(tokens, None, None, None, None, mask)
     assert ids is not None
     base = BaseRun(model, ids, known, Reuse.NOTHING)
-    if loop_of(model) is not None or model.driver.preparer.no_start or model.unembed is None:
+    if (
+        listened(model)
+        or loop_of(model) is not None
+        or model.driver.preparer.no_start
+        or model.unembed is None
+    ):
         return base
     stream, prepared = model._enter(ids, None, known, 0, None, None)
     contexts: list[Context] = prepared.contexts

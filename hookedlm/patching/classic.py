@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from hookedlm.cache import ActivationCache
 from hookedlm.errors import InputError
@@ -26,16 +25,15 @@ from hookedlm.hooks import HookPoint
 from hookedlm.model import HookedTransformer
 from hookedlm.names import get_act_name
 from hookedlm.patching.base_run import run_base
-from hookedlm.patching.engine import listened, run_cells
+from hookedlm.patching.engine import run_cells
+from hookedlm.patching.metric import Function, Metric, reader
 from hookedlm.patching.plans import Plan, SetterPlan, SitePlan, from_source
-from hookedlm.patching.readout import ReadOut
 from hookedlm.patching.sites import Sites
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Tokens = Int[Tensor, "batch pos"]
-Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], float | Float[Tensor, ""]]
 Index = Sequence[int]
 PatchSetter = Callable[[Tensor, Index, Tensor], Tensor]
 Grid = Float[Tensor, "..."]
@@ -124,7 +122,7 @@ def generic_activation_patch(
     model: HookedTransformer,
     corrupted_tokens: Tokens,
     clean_cache: ActivationCache,
-    patching_metric: Metric,
+    patching_metric: Metric | Function,
     patch_setter: PatchSetter,
     activation_name: str,
     index_axis_names: Sequence[str] | None = None,
@@ -161,11 +159,7 @@ def generic_activation_patch(
         indices = list(product(*(range(n) for n in shape)))
     _check_indices(indices, names, points)
 
-    with torch.no_grad():
-        if listened(model):
-            answers = _one_by_one(model, tokens, patching_metric, patch_setter, indices, points)
-        else:
-            answers = _together(model, tokens, patching_metric, patch_setter, indices, points)
+    answers = _answers(model, tokens, patching_metric, patch_setter, indices, points)
     grid = torch.stack(answers) if answers else torch.zeros(0, device=model.device)
     grid = grid.reshape(shape)
     if not return_index_df:
@@ -173,27 +167,26 @@ def generic_activation_patch(
     return grid, make_df_from_ranges(shape, names) if index_df is None else index_df
 
 
-def _together(
+def _answers(
     model: HookedTransformer,
     tokens: Tokens,
-    metric: Metric,
+    metric: Metric | Function,
     setter: PatchSetter,
     indices: Sequence[Index],
     points: Points,
 ) -> list[Float[Tensor, ""]]:
-    """All runs by the engine."""
     if not indices:
         return []
     base = run_base(model, tokens)
+    if isinstance(metric, Metric):
+        metric.check(base.n_examples, base.length, model.cfg.d_vocab, base.mask)
     plan: Plan = SetterPlan(setter, indices, points, base.n_examples)
     if isinstance(setter, SliceSetter) and _sliceable(setter, indices, points):
         clean = {layer: x.to(model.device) for layer, (_, x) in points.items()}
         sites = _sites(setter, indices, points)
         plan = SitePlan(sites, from_source, clean, base.n_examples)
 
-    def read(out: ReadOut, cells: Sequence[int]) -> Tensor:
-        return torch.stack([_one_number(metric(out.of_cell(i)), model) for i in range(len(cells))])
-
+    read = reader(metric, model.device)
     found: dict[int, Tensor] = {}
     first = (points[int(indices[0][0])][0].name or "").rsplit(".", 1)[-1].removeprefix("hook_")
     for cells, numbers in run_cells(base, plan, read, progress=f"patching {first}"):
@@ -220,49 +213,6 @@ def _sites(setter: SliceSetter, indices: Sequence[Index], points: Points) -> Sit
         index[axis] = torch.tensor(places, device=device)
     where = {layer: place for layer, (place, _) in points.items()}
     return Sites(where, [int(row[0]) for row in indices], index)
-
-
-def _one_by_one(
-    model: HookedTransformer,
-    tokens: Tokens,
-    metric: Metric,
-    setter: PatchSetter,
-    indices: Sequence[Index],
-    points: Points,
-) -> list[Float[Tensor, ""]]:
-    """A whole run for each index: hooks that are in the model may want whole runs."""
-    return [
-        _patched(model, tokens, metric, setter, index, *points[int(index[0])])
-        for index in tqdm(indices, desc="patching", leave=False)
-    ]
-
-
-def _patched(
-    model: HookedTransformer,
-    tokens: Tokens,
-    metric: Metric,
-    setter: PatchSetter,
-    index: Index,
-    point: HookPoint,
-    clean: Tensor,
-) -> Float[Tensor, ""]:
-    """The metric of one run with one patch."""
-
-    def patch(activation: Tensor, hook: HookPoint) -> Tensor:
-        return setter(activation, list(index), clean.to(activation.device, activation.dtype))
-
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(point.name or "", patch)])
-    return _one_number(metric(logits), model)
-
-
-def _one_number(answer: Any, model: HookedTransformer) -> Float[Tensor, ""]:
-    number = torch.as_tensor(answer, dtype=torch.float32, device=model.device)
-    if number.numel() != 1:
-        raise InputError(
-            f"the patching metric returned {number.numel()} values; expected one number for the "
-            "whole batch (take the mean over prompts)"
-        )
-    return number.detach().reshape(())
 
 
 # What is checked before anything runs -------------------------------------------------------------
@@ -370,7 +320,7 @@ def _sweep(
         model: HookedTransformer,
         corrupted_tokens: Tokens,
         clean_cache: ActivationCache,
-        patching_metric: Metric,
+        patching_metric: Metric | Function,
         *,
         return_index_df: bool = False,
     ) -> Any:
@@ -426,7 +376,10 @@ get_act_patch_attn_head_pattern_all_pos = _sweep(
 
 
 def get_act_patch_attn_head_all_pos_every(
-    model: HookedTransformer, corrupted_tokens: Tokens, clean_cache: ActivationCache, metric: Metric
+    model: HookedTransformer,
+    corrupted_tokens: Tokens,
+    clean_cache: ActivationCache,
+    metric: Metric | Function,
 ) -> Float[Tensor, "5 layer head"]:
     """The sweeps over z, q, k, v and pattern at all positions, stacked in this order.
 
@@ -444,7 +397,10 @@ def get_act_patch_attn_head_all_pos_every(
 
 
 def get_act_patch_attn_head_by_pos_every(
-    model: HookedTransformer, corrupted_tokens: Tokens, clean_cache: ActivationCache, metric: Metric
+    model: HookedTransformer,
+    corrupted_tokens: Tokens,
+    clean_cache: ActivationCache,
+    metric: Metric | Function,
 ) -> Float[Tensor, "5 layer pos head"]:
     """The sweeps over z, q, k, v and rows of the pattern at each position, stacked in this order.
 
@@ -466,7 +422,10 @@ def _per_query_head(grid: Float[Tensor, "... head"], model: HookedTransformer) -
 
 
 def get_act_patch_block_every(
-    model: HookedTransformer, corrupted_tokens: Tokens, clean_cache: ActivationCache, metric: Metric
+    model: HookedTransformer,
+    corrupted_tokens: Tokens,
+    clean_cache: ActivationCache,
+    metric: Metric | Function,
 ) -> Float[Tensor, "3 layer pos"]:
     """The sweeps over resid_pre, attn_out and mlp_out at each position, stacked in this order."""
     sweeps = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)

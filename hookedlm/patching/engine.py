@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from hookedlm.errors import HookNeverFiredError
 from hookedlm.hooks import HookPoint, HookRequest, attached
-from hookedlm.model import HookedTransformer
-from hookedlm.patching.base_run import BaseRun, Reuse, RowContexts
+from hookedlm.patching.base_run import BaseRun, Reuse, RowContexts, listened
 from hookedlm.patching.memory import is_out_of_memory, most_tokens
 from hookedlm.patching.plans import Plan
 from hookedlm.patching.readout import ReadOut
@@ -39,14 +38,16 @@ def run_cells(
     base: BaseRun, plan: Plan, read: Read, *, batch_size: int | None = None, progress: str = ""
 ) -> Iterator[tuple[list[int], Tensor]]:
     """(cells, numbers) of one batch after the other. ``batch_size`` is in cells; by default as many
-    as memory allows. Out of memory, it is halved."""
-    groups = grouped(base, plan)
+    as memory allows. Out of memory, it is halved. Where somebody's hooks are in the model, each
+    cell has a run of its own."""
+    groups, alone = grouped(base, plan), listened(base.model)
     n_cells = sum(len(cells) for _, cells in groups)
     with tqdm(total=n_cells, desc=progress, leave=False, disable=not progress) as bar:
         for start, cells in groups:
             room = most_tokens(base.model, read_all=base.reuse == Reuse.NOTHING)
             fitting = max(1, room // (base.n_examples * (base.length - start)))
             size = fitting if batch_size is None else batch_size
+            size = 1 if alone else size
             contexts = RowContexts(base, start) if base.reuse else None
             done = 0
             while done < len(cells):
@@ -61,11 +62,6 @@ def run_cells(
                 done += len(some)
                 bar.update(len(some))
                 yield some, numbers
-
-
-def listened(model: HookedTransformer) -> bool:
-    """Whether somebody's hooks are in the model: those may count on whole runs of the prompts."""
-    return any(point.wanted for point in model.hook_dict.values())
 
 
 def _run(

@@ -61,7 +61,7 @@ class SitePlan(Plan):
         layer = self.layers[cells[0]]
         axes = self.point(layer).axes or ()
         x = rows.unflatten(0, (len(cells), self.n_examples))
-        numbers = torch.tensor(cells, device=rows.device)
+        numbers = _on_device(cells, rows.device)
         where = self.sites.part(axes, numbers, x.shape[1:], start)
         source = None if self.source is None else self._source_part(layer, axes, numbers)
         part = x[where]
@@ -74,6 +74,13 @@ class SitePlan(Plan):
         source = source.expand(self.n_examples, *source.shape[1:])
         _, *where = self.sites.part(axes, cells, source.shape, 0)
         return source[tuple(where)]
+
+
+def _on_device(cells: Sequence[int], device: torch.device) -> Tensor:
+    """Their numbers; from pinned memory, so that nobody waits for a CUDA device."""
+    if device.type != "cuda":
+        return torch.tensor(cells, device=device)
+    return torch.tensor(cells, pin_memory=True).to(device, non_blocking=True)
 
 
 class SetterPlan(Plan):

@@ -75,14 +75,15 @@ class ReadOut:
         self,
         positions: int | Int[Tensor, "batch"],
         tokens: Int[Tensor, "batch n"] | None = None,
+        cells: slice = slice(None),
     ) -> Float[Tensor, "cells batch n_or_vocab"]:
-        """Logits of every cell at a position (see `stream_at`): all, or of these tokens for every
-        example."""
+        """Logits of every cell (or some) at a position (see `stream_at`): all, or of these tokens
+        for every example."""
         base = self.base
         if self._stream is not None:
-            return self._logits_of(self.stream_at(positions), tokens)
+            return self._logits_of(self.stream_at(positions)[cells], tokens)
         assert self._logits is not None
-        logits = self._logits.unflatten(0, (self.n_cells, base.n_examples))
+        logits = self._logits.unflatten(0, (self.n_cells, base.n_examples))[cells]
         examples = torch.arange(base.n_examples, device=logits.device)
         at = logits[:, examples, positions]
         if tokens is None:
