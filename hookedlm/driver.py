@@ -124,7 +124,7 @@ class Driver:
         stream: Float[Tensor, "batch pos d_model"] | None,
         tokens: Int[Tensor, "batch pos"] | None,
         mask: Int[Tensor, "batch all_pos"] | None,
-        position_ids: Int[Tensor, "batch pos"],
+        position_ids: Int[Tensor, "batch pos"] | None,
         cache: Any,
         pos_embed: Tensor | None = None,
         embeds: Float[Tensor, "batch pos d_embed"] | None = None,

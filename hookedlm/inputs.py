@@ -129,7 +129,8 @@ class InputMethods:
                 "[batch, pos] or [pos]"
             )
         given = input if input.ndim == 2 else input[None]
-        self._check_ids(given)
+        if self.embed is None:  # ours tells by itself
+            self._check_ids(given)
         given = given.to(self.device, torch.long)
         if attention_mask is None and self._pads_left(padding_side) and given.shape[0] > 1:
             attention_mask = self.padding_mask(given, "left")
@@ -188,7 +189,8 @@ class InputMethods:
         assert given is not None
         n_new = given.shape[1]
         mask = self.driver.full_mask(mask, n_new, past, cache)
-        positions = self.driver.positions(mask, n_new, past, given.device)
+        counted = mask is not None or cache is not None
+        positions = self.driver.positions(mask, n_new, past, given.device) if counted else None
         pos_embed = shortformer_pos_embed
         if stream is None and self.embed is not None:
             stream, pos_embed = self._embedded(given, mask, past)
@@ -216,7 +218,12 @@ class InputMethods:
     ) -> tuple[Stream, Stream | None]:
         if self.cfg.use_hook_tokens:
             tokens = self.hook_tokens(tokens)
-        return self._positioned(self.hook_embed(self.embed(tokens)), mask, past)
+        try:
+            embedded = self.embed(tokens)
+        except IndexError:
+            self._check_ids(tokens)
+            raise
+        return self._positioned(self.hook_embed(embedded), mask, past)
 
     def _positioned(
         self: HookedTransformer,
@@ -238,9 +245,12 @@ class InputMethods:
                 f"{n_known} (cfg.n_ctx)"
             )
         counted = mask if self.pos_embed.skips_padding else None
-        if positions is None:
-            positions = self.driver.positions(counted, n_new, past, embedded.device)
-        places = self.hook_pos_embed(self.pos_embed.at(positions).expand(embedded.shape))
+        if positions is None and counted is None and not self.hook_pos_embed.wanted:
+            places = self.pos_embed.between(past, past + n_new).expand(embedded.shape)
+        else:
+            if positions is None:
+                positions = self.driver.positions(counted, n_new, past, embedded.device)
+            places = self.hook_pos_embed(self.pos_embed.at(positions).expand(embedded.shape))
         if self.cfg.positional_embedding_type == "shortformer":
             return embedded, places
         return self._summed(embedded + places), None

@@ -71,8 +71,8 @@ def heatmaps(
     zmid: float | None = 0.0,
     **layout: Any,
 ) -> go.Figure:
-    """Several heatmaps side by side, on one scale of colours. ``names`` stand above them; the rest is
-    as in `heatmap`."""
+    """Several heatmaps side by side, on one scale of colours. ``names`` stand above them; the rest
+    is as in `heatmap`."""
     grids = _numbers(values)
     if grids.ndim != 3:
         raise InputError(f"heatmaps show [panel, row, column], got shape {tuple(grids.shape)}")

@@ -51,7 +51,8 @@ FLOORS = {
         4: "model driver lent toy cache caching derive missing tokens loss weights placing "
         "generation transforms loading pretrained processing encoder encoder_decoder audio "
         "sampling data encoders hub reach inputs embeds samples interventions "
-        "state_dicts past_key_values model_configs classic_files checkpoints streaming shards single",
+        "state_dicts past_key_values model_configs classic_files checkpoints "
+        "streaming shards single",
         5: "load patching circuits lenses steering utils prompts head_detector evals train "
         "svd_interpreter components plots",
         6: "cli transformer_lens install __main__",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -39,13 +38,11 @@ class StackedForm:
 
 
 class StackedNeurons:
-    """Neurons of experts in transformers' common form. ``combine`` is the class's own way to make
-    one of gate and linear branch, which it takes as its matrix gives them; without it, it is
+    """Neurons of experts in transformers' common form. ``combine`` names the class's own way to
+    make one of gate and linear branch, which it takes as its matrix gives them; without it, it is
     ``act(gate) * linear``."""
 
-    def __init__(
-        self, experts: Any, form: StackedForm, combine: Callable[[Tensor], Tensor] | None = None
-    ):
+    def __init__(self, experts: Any, form: StackedForm, combine: str | None = None):
         self.experts = experts
         self.form = form
         self.combine = combine
@@ -65,7 +62,8 @@ class StackedNeurons:
             return self.experts.act_fn(pre[0])
         if self.combine is None:
             return self.experts.act_fn(pre[0]) * pre[1]
-        return self.combine(torch.stack(pre, dim=self._branch).flatten(-2))
+        combine = getattr(self.experts, self.combine)
+        return combine(torch.stack(pre, dim=self._branch).flatten(-2))
 
     def out(
         self, expert: int, post: Float[Tensor, "token d_mlp"]
@@ -125,4 +123,5 @@ def neurons_of(experts: nn.Module, row: Row, n_experts: int) -> HFNeurons | None
     form = StackedForm(**{f.name: told[f.name] for f in fields(StackedForm) if f.name in told})
     if form.has_post_expert_norm:
         return None
-    return StackedNeurons(experts, form, hf.find(experts, "_apply_gate"))
+    combines = hf.find(experts, "_apply_gate") is not None
+    return StackedNeurons(experts, form, "_apply_gate" if combines else None)

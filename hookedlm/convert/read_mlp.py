@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivation
 
 from hookedlm.convert import hf
 from hookedlm.convert.expert_neurons import ACT, HFNeurons, neurons_of
@@ -15,7 +15,7 @@ from hookedlm.convert.hf import ConfigReads, Coverage, MissingPartError
 from hookedlm.convert.placed import hooks_of, is_away
 from hookedlm.convert.read_norm import NormReading, read_norm
 from hookedlm.families.row import Row
-from hookedlm.layers.activations import ScaledInput, Swish
+from hookedlm.layers.activations import GeluTanh, ScaledInput, Swish
 from hookedlm.layers.linears import MLPLinears
 from hookedlm.layers.mlp import MLPTensors
 from hookedlm.spec import MLPSpec, MoESpec
@@ -43,6 +43,9 @@ class MoEReading:
     shared: MLPReading | None = None
     shared_gate: nn.Module | None = None
     router_bias: Tensor | None = None
+
+
+LONGHAND_GELU = (NewGELUActivation, FastGELUActivation)
 
 
 def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) -> MLPReading:
@@ -81,6 +84,7 @@ def read_mlp(block: nn.Module, row: Row, config: ConfigReads, seen: Coverage) ->
         b_gate=b_gate,
     )
     name = type(act).__name__ if isinstance(act, nn.Module) else act.__name__
+    act = GeluTanh(act) if isinstance(act, LONGHAND_GELU) else act
     limit = hf.resolved(row.gated_limit, block, config)
     spec = MLPSpec(
         d_mlp=W_up.shape[0],

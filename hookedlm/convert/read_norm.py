@@ -51,7 +51,7 @@ def _rounds_as(
 ) -> bool:
     """Whether a half-precision stream comes out of a module as one spec rounds it, to the bit, and
     not as the other does: nothing but running it tells where a module's code rounds."""
-    if w is None:
+    if w is None or w.is_meta:
         return False
     waves = torch.arange(4 * w.numel(), dtype=torch.float32, device=w.device).sin()
     x = waves.view(4, *w.shape).to(torch.bfloat16)

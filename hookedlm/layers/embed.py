@@ -92,6 +92,10 @@ class PosEmbed(Weights):
         """The rows of these positions; what stands before the first has the first one's."""
         return F.embedding(positions.clamp(min=0), self.W_pos)
 
+    def between(self, first: int, end: int) -> Float[Tensor, "pos d_model"]:
+        """The rows of the positions ``first`` to ``end - 1``: a view, to be read."""
+        return self.W_pos[first:end]
+
     def numbered(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """The rows of positions that count real tokens, or of all from 0 if padding counts too."""
         if not self.skips_padding:

@@ -43,25 +43,43 @@ from hookedlm.patching.classic import (
     layer_pos_patch_setter,
     make_df_from_ranges,
 )
+from hookedlm.patching.counterfactuals import Counterfactuals
+from hookedlm.patching.interchange import interchange
+from hookedlm.patching.interchanged import InterchangeResult
 from hookedlm.patching.metric import Metric
 from hookedlm.patching.metrics import KL, AnswerRank, LogitDiff, LogProb, normalised
 from hookedlm.patching.result import SweepResult
+from hookedlm.patching.rotated import (
+    BoundlessRotatedSpace,
+    LowRankRotatedSpace,
+    RotatedSpace,
+)
+from hookedlm.patching.rotating import InterchangeAccuracy, RotatedInterchange
 from hookedlm.patching.sweep import sweep
+from hookedlm.patching.units import UNITS
 
 __all__ = [
     "KL",
+    "UNITS",
     "Add",
     "AnswerRank",
+    "BoundlessRotatedSpace",
+    "Counterfactuals",
     "Freeze",
+    "InterchangeAccuracy",
+    "InterchangeResult",
     "Intervention",
     "LogProb",
     "LogitDiff",
+    "LowRankRotatedSpace",
     "Mean",
     "Metric",
     "Noise",
     "Patch",
     "ProjectOut",
     "Resample",
+    "RotatedInterchange",
+    "RotatedSpace",
     "Scale",
     "SweepResult",
     "What",
@@ -85,6 +103,7 @@ __all__ = [
     "get_act_patch_mlp_out",
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
+    "interchange",
     "layer_head_dest_src_pos_pattern_patch_setter",
     "layer_head_pattern_patch_setter",
     "layer_head_pos_pattern_patch_setter",

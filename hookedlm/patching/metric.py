@@ -97,8 +97,8 @@ class Metric(ABC):
 
     def _columns(self, length: int) -> Any:
         """Positions counted from 0."""
-        at = self.positions
-        return at % length if isinstance(at, int) else torch.where(at < 0, at + length, at)
+        at: Any = self.positions
+        return at % length  # -1 is the last
 
     def to(self, device: torch.device) -> Self:
         """The metric with its tensors on a device."""

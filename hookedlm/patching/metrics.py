@@ -208,9 +208,12 @@ def normalised(metric: Metric | Function, *, clean: Number, corrupted: Number) -
     ``clean``, ``corrupted``: what the metric is in these runs, or their logits. Raises InputError
     if it is the same in both.
     """
-    top, bottom = (
-        float(metric(x) if isinstance(x, Tensor) and x.ndim == 3 else x) for x in (clean, corrupted)
-    )
+
+    def number(x: Number) -> float:
+        found = metric(x) if isinstance(x, Tensor) and x.ndim == 3 else x
+        return float(torch.as_tensor(found).detach())
+
+    top, bottom = number(clean), number(corrupted)
     if top == bottom:
         raise InputError(f"the metric is {top} in the clean run and in the corrupted one")
     if isinstance(metric, Metric):
@@ -223,7 +226,8 @@ def normalised(metric: Metric | Function, *, clean: Number, corrupted: Number) -
 
 
 def _ids(what: str, answer: Any) -> Int[Tensor, "n"]:
-    if isinstance(answer, str) or (isinstance(answer, Sequence) and isinstance(answer[0], str)):
+    texts = [answer] if isinstance(answer, str) else answer
+    if isinstance(texts, Sequence) and any(isinstance(text, str) for text in texts):
         raise InputError(f"{what}={answer!r} is text: use .of(model, ...), which tokenizes it")
     single = isinstance(answer, int) or (isinstance(answer, Tensor) and answer.ndim == 0)
     return integers(what, [int(answer)] if single else answer)

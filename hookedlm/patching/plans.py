@@ -43,13 +43,20 @@ def from_source(part: Tensor, source: Tensor | None) -> Tensor:
 class SitePlan(Plan):
     """One site for each cell: its part of the activation becomes ``new(part, source part)``.
 
-    ``source``: each layer's activation ``[batch or 1, ...]`` in another run.
+    ``source``: each layer's activation ``[batch or 1, ...]`` in another run; ``source_sites``:
+    which parts of it, if others.
     """
 
     def __init__(
-        self, sites: Sites, new: New, source: Mapping[int, Tensor] | None, n_examples: int
+        self,
+        sites: Sites,
+        new: New,
+        source: Mapping[int, Tensor] | None,
+        n_examples: int,
+        source_sites: Sites | None = None,
     ):
         self.sites, self.new, self.source, self.n_examples = sites, new, source, n_examples
+        self.source_sites = sites if source_sites is None else source_sites
         self.layers, self.starts = sites.layers, sites.starts()
 
     def point(self, layer: int) -> HookPoint:
@@ -72,7 +79,7 @@ class SitePlan(Plan):
         assert self.source is not None
         source = self.source[layer]
         source = source.expand(self.n_examples, *source.shape[1:])
-        _, *where = self.sites.part(axes, cells, source.shape, 0)
+        _, *where = self.source_sites.part(axes, cells, source.shape, 0)
         return source[tuple(where)]
 
 

@@ -72,7 +72,7 @@ class SweepResult:
         Raises InputError on axes and labels that are not there.
         """
         values, axes, fixed = self.values, dict(self.axes), dict(self.fixed)
-        ends = {"clean": self.clean, "corrupted": self.corrupted}
+        ends: dict[str, Any] = {"clean": self.clean, "corrupted": self.corrupted}
         for name, wanted in labels.items():
             if name not in axes:
                 raise InputError(f"no axis {name!r}: the axes are {', '.join(self.axes)}")
@@ -187,11 +187,11 @@ class SweepResult:
         values = self.values.reshape([len(self.axes[name]) for name in names])
         fixed = ", ".join(f"{name} {label}" for name, label in (self.fixed | rest).items())
         options: dict[str, Any] = {"title": f"{self.metric} ({fixed})" if fixed else self.metric}
-        options |= {"xaxis": names[-1]} | layout
+        options["xaxis"] = names[-1]
         if len(names) == 1:
-            options = {"yaxis": self.metric} | options
+            options = options | {"yaxis": self.metric} | layout
             return plots.line(values, x=self._told(names[0]), **options)
-        options = {"yaxis": names[-2], "zmid": self._middle()} | options
+        options = options | {"yaxis": names[-2], "zmid": self._middle()} | layout
         x, y = self._told(names[-1]), self._told(names[-2])
         if len(names) == 2:
             return plots.heatmap(values, x=x, y=y, **options)

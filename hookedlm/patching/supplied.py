@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,8 @@ from hookedlm.errors import HookReturnError, InputError
 from hookedlm.interventions import Freeze, Intervention, Mean, Noise, Patch, Resample, What
 from hookedlm.interventions.edit import Edit
 from hookedlm.interventions.sources import Supply, check_fits, recorded, run_for, run_needed
-from hookedlm.patching.grid import Axis, Layout
+from hookedlm.patching.choices import Axis
+from hookedlm.patching.grid import Layout
 from hookedlm.patching.plans import New
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def check_what(
         raise InputError(f"what={what!r}: expected an intervention's kind, for instance Zero()")
     if isinstance(what, Patch) and what.position is not None:
         raise InputError("what=Patch(position=...): positions are those of the grid")
-    given = {FIELDS.get(axis.name, "dims"): 0 for axis in layout.inside}
+    given: dict[str, Any] = {FIELDS.get(axis.name, "dims"): 0 for axis in layout.inside}
     for point in layout.all_points():
         name = point.name or ""
         one = Intervention(name, what, **given)

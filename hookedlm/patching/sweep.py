@@ -24,11 +24,12 @@ from hookedlm.interventions.sources import check_fits, of_run
 from hookedlm.lent import loop_of
 from hookedlm.model import HookedTransformer
 from hookedlm.patching.base_run import BaseRun, Reuse, listened, run_base
+from hookedlm.patching.choices import Choice, Label
 from hookedlm.patching.ends import Ends, Prompt, Prompts, check_source, read_ends
 from hookedlm.patching.engine import run_cells
-from hookedlm.patching.grid import Choice, Label, Layout, laid_out
+from hookedlm.patching.grid import Layout, laid_out
 from hookedlm.patching.metric import Function, Metric, name_of, reader
-from hookedlm.patching.plans import SitePlan, from_source
+from hookedlm.patching.plans import New, SitePlan, from_source
 from hookedlm.patching.readout import ReadOut
 from hookedlm.patching.result import SweepResult
 from hookedlm.patching.supplied import check_what, own_activations, putting
@@ -95,9 +96,10 @@ def sweep(
     ends = read_ends(model, base, source, attention_mask, prepend_bos)
     check_source(ends, what, direction)
     layout = laid_out(model, grid, ends.base.tokens, ends.base.mask)
-    check_what(model, what, layout, *ends.base.tokens.shape)
+    n_examples, length = ends.base.tokens.shape
+    check_what(model, what, layout, n_examples, length)
     if isinstance(metric, Metric):
-        metric.check(*ends.base.tokens.shape, model.cfg.d_vocab, ends.base.mask)
+        metric.check(n_examples, length, model.cfg.d_vocab, ends.base.mask)
     with torch.no_grad():
         return Sweeping(model, ends, layout, metric, what, batch_size, progress).run(direction)
 
@@ -150,7 +152,7 @@ class Sweeping:
             source = None
             if activations is not None:
                 source = {layer: activations[point.name or ""] for layer, point in points.items()}
-            new = from_source
+            new: New = from_source
             if self.what is not None:
                 axes = next(iter(points.values())).axes or ()
                 new = putting(self.what, axes, self.layout.picked(number))
@@ -176,7 +178,7 @@ class Sweeping:
         logits = self.model(run.tokens, attention_mask=run.mask)
         return self._read(run, logits=logits)
 
-    def _read(self, run: BaseRun, **found: Tensor) -> Tensor:
+    def _read(self, run: BaseRun, **found: Any) -> Tensor:
         read = reader(self.metric, self.model.device, self._each_example)
         return read(ReadOut(run, 1, **found), [0])[0]
 
@@ -188,6 +190,7 @@ class Sweeping:
         if source is None:
             return own_activations(model, self.what, self.layout, base.tokens, base.mask), known
         names = [point.name or "" for point in points]
+        value: Tensor | None
         if isinstance(source, Prompt):
             found, value = self._source_run(source, names)
         else:
@@ -256,7 +259,7 @@ class Sweeping:
         fixed = layout.fixed
         if self.ends.source is not None:
             if len(directions) > 1:
-                named, axes = ["direction", *named], {"direction": list(directions)} | axes
+                named, axes = ["direction", *named], {"direction": [*directions], **axes}
             else:
                 fixed = fixed | {"direction": directions[0]}
         dims = [order.index(name) for name in named]
