@@ -414,7 +414,7 @@ def test_the_classic_functions_read_no_more_than_a_metric_wants(gpt2, make, monk
 
 def test_all_logits_are_read_a_few_at_a_time(gpt2, monkeypatch):
     expected = run(gpt2, LogProb(5)).values
-    monkeypatch.setattr("hookedlm.patching.metric.LOGITS_AT_ONCE", 2 * 96 * 3)
+    monkeypatch.setattr("hookedlm.patching.readout.LOGITS_AT_ONCE", 2 * 96 * 3)
     most = []
     forward = type(gpt2.unembed).forward
     monkeypatch.setattr(

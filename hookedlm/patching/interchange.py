@@ -23,7 +23,7 @@ from hookedlm.patching.ends import Prompt, Prompts
 from hookedlm.patching.engine import run_cells
 from hookedlm.patching.grid import Layout, laid_out
 from hookedlm.patching.interchanged import InterchangeResult, Said
-from hookedlm.patching.metric import LOGITS_AT_ONCE, wide
+from hookedlm.patching.metric import wide
 from hookedlm.patching.pairs import (
     Answers,
     Masks,
@@ -138,8 +138,7 @@ class Reader:
 
     def __call__(self, out: ReadOut, cells: Sequence[int]) -> Float[Tensor, "cells batch n 2"]:
         """Computed for as many cells at a time as the vocabulary allows."""
-        base = out.base
-        step = max(1, LOGITS_AT_ONCE // (base.n_examples * base.model.cfg.d_vocab))
+        step = out.cells_at_once
         return torch.cat([self._of(out, slice(i, i + step)) for i in range(0, out.n_cells, step)])
 
     def _of(self, out: ReadOut, cells: slice) -> Float[Tensor, "cells batch n 2"]:

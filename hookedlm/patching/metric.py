@@ -27,9 +27,6 @@ Function: TypeAlias = Callable[[Logits], Any]
 """A user's own metric: of the logits of one run, one number for the batch."""
 Positions: TypeAlias = int | Sequence[int] | Int[Tensor, "batch"]
 
-LOGITS_AT_ONCE = 2**25
-"""How many logits are computed at a time where all of the vocabulary is read."""
-
 
 @dataclass(frozen=True, eq=False)
 class Metric(ABC):
@@ -88,7 +85,7 @@ class Metric(ABC):
         if tokens is not None:
             tokens = tokens.expand(base.n_examples, -1)
             return self.per_example(wide(out.logits_at(positions, tokens)))
-        step = max(1, LOGITS_AT_ONCE // (base.n_examples * base.model.cfg.d_vocab))
+        step = out.cells_at_once
         found = [
             self.per_example(wide(out.logits_at(positions, cells=slice(i, i + step))))
             for i in range(0, out.n_cells, step)

@@ -14,6 +14,9 @@ from hookedlm.patching.base_run import BaseRun
 
 Logits = Float[Tensor, "batch pos d_vocab"]
 
+LOGITS_AT_ONCE = 2**25
+"""How many logits are computed at a time where all of the vocabulary is read."""
+
 METADATA = {
     "__len__", "dim", "ndimension", "size", "numel", "nelement", "is_floating_point",
     "is_complex", "element_size", "get_device",
@@ -35,7 +38,12 @@ class ReadOut:
     ):
         self.base, self.n_cells, self.start = base, n_cells, start
         self._stream, self._logits = stream, logits
-        self._read: dict[int, Float[Tensor, "cells batch d_vocab"]] = {}
+        self._read: dict[int, tuple[int, Float[Tensor, "cells batch d_vocab"]]] = {}
+
+    @property
+    def cells_at_once(self) -> int:
+        """Of how many cells all logits of a position are to be held at a time."""
+        return max(1, LOGITS_AT_ONCE // (self.base.n_examples * self.base.model.cfg.d_vocab))
 
     # One cell after the other, for a user's own metric --------------------------------------------
 
@@ -44,13 +52,17 @@ class ReadOut:
         if self._logits is not None:
             n = self.base.n_examples
             return self._logits[cell * n : (cell + 1) * n]
-        return LazyLogits(self.base, lambda pos: self._at(pos)[cell])
+        return LazyLogits(self.base, lambda pos: self._at(pos, cell))
 
-    def _at(self, pos: int) -> Float[Tensor, "cells batch d_vocab"]:
-        """The logits of all cells at a position: whoever reads one, will read the others."""
-        if pos not in self._read:
-            self._read[pos] = self._logits_of(self.stream_at(pos))
-        return self._read[pos]
+    def _at(self, pos: int, cell: int) -> Float[Tensor, "batch d_vocab"]:
+        """The logits of a cell at a position, computed with its neighbours': whoever reads one will
+        read the others."""
+        size = self.cells_at_once
+        first = cell - cell % size
+        if self._read.get(pos, (-1,))[0] != first:
+            stream = self.stream_at(pos)[first : first + size]
+            self._read[pos] = (first, self._logits_of(stream))
+        return self._read[pos][1][cell - first]
 
     # All cells at once ----------------------------------------------------------------------------
 
