@@ -49,8 +49,9 @@ nothing in the last column.
 - **remarks**: what is opaque and why, and whatever is not as it should be: an error above 1e-5, a
   decomposition that does not add up, logits that move by more than 1e-5 while every point is
   observed, or log-probabilities by more than 1e-4 nats when the model is processed (in both cases:
-  and by more than twice what Hugging Face's float32 is from its own float64), generation (greedy,
-  with and without a key-value cache) that differs from Hugging Face's.
+  and by more than twice what rounding does to Hugging Face's own: from float64 to float32, or in
+  the last digit of each weight of its embedding), generation (greedy, with and without a key-value
+  cache) that differs from Hugging Face's.
 
 torch {torch}. Regenerate with `make survey`.
 
