@@ -8,6 +8,10 @@ import torch
 from tiny import VOCAB, Tiny, one_per_family
 
 import hookedlm
+from hookedlm.patching.base_run import Reuse, run_base
+from hookedlm.patching.engine import run_cells
+from hookedlm.patching.plans import SitePlan, from_source
+from hookedlm.patching.sites import Sites
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,3 +124,39 @@ def test_patching_on_the_demo_model():
         )
         sweeps.append(sweep.cpu())
     torch.testing.assert_close(sweeps[0], sweeps[1], rtol=1e-3, atol=1e-3)
+
+
+@each_family
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@torch.no_grad()
+def test_a_sweep_waits_for_nothing_and_is_the_naive_loop(
+    tiny: Tiny, dtype: torch.dtype, bound: float
+):
+    ours = hookedlm.load(tiny.build(dtype=dtype).cuda())
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted = torch.randint(3, VOCAB, (2, 2, 7), generator=generator).cuda()
+    base = run_base(ours, corrupted)
+    _, cache = ours.run_with_cache(clean, names_filter="blocks.*.hook_resid_pre")
+    points = {layer: ours.hook_dict[f"blocks.{layer}.hook_resid_pre"] for layer in (0, 1)}
+    cells = [(layer, pos) for layer in (0, 1) for pos in (0, 3, 6)]
+    index = {"pos": torch.tensor([pos for _, pos in cells]).cuda()}
+    sites = Sites(points, [layer for layer, _ in cells], index)
+    clean_streams = {layer: cache["resid_pre", layer] for layer in points}
+    plan = SitePlan(sites, from_source, clean_streams, base.n_examples)
+    tokens = torch.full((2, 1), 5).cuda()
+    torch.cuda.set_sync_debug_mode("error" if base.reuse == Reuse.POSITIONS else "default")
+    try:
+        found = list(run_cells(base, plan, lambda out, _: out.logits_at(6, tokens), batch_size=6))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for some, numbers in found:
+        for cell, number in zip(some, numbers, strict=True):
+            layer, pos = cells[cell]
+
+            def patch(x, hook, layer=layer, pos=pos):
+                x[:, pos] = clean_streams[layer][:, pos]
+
+            fwd_hooks = [(points[layer].name, patch)]
+            logits = ours.run_with_hooks(corrupted, fwd_hooks=fwd_hooks)[:, -1]
+            off = (number[:, 0] - logits[:, 5]).abs().max() / logits.abs().max()
+            assert float(off) < bound, (layer, pos)
