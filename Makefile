@@ -36,8 +36,9 @@ docs: $(VENV)/.installed-dev  ## regenerate docs/api_coverage.md
 survey: $(VENV)/.installed-dev  ## measure every type in transformers and write docs/families.md
 	$(BIN)/python scripts/survey.py
 
-bench: $(VENV)/.installed-dev  ## measure the forward pass beside transformers'
-	$(BIN)/python benchmarks/forward.py
+bench: $(VENV)/.installed-dev  ## measure every task beside other libraries and write docs/benchmarks.md
+	$(BIN)/python benchmarks/environments.py
+	$(BIN)/python benchmarks/compare.py --goals --markdown docs/benchmarks.md
 
 demo-model: $(VENV)/.installed-dev  ## train the model in hookedlm/demo again
 	$(BIN)/python scripts/train_demo.py --out hookedlm/demo
