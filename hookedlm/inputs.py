@@ -129,6 +129,8 @@ class InputMethods:
                 "[batch, pos] or [pos]"
             )
         given = input if input.ndim == 2 else input[None]
+        if given.shape[1] == 0:
+            raise InputError(f"input of shape {tuple(given.shape)} has no positions")
         if self.embed is None:  # ours tells by itself
             self._check_ids(given)
         given = given.to(self.device, torch.long)
@@ -137,8 +139,6 @@ class InputMethods:
         return given, self._unless_full(_of_batch(attention_mask, given.shape[0])), None
 
     def _check_ids(self: HookedTransformer, tokens: Tensor) -> None:
-        if tokens.shape[1] == 0:
-            raise InputError(f"input of shape {tuple(tokens.shape)} has no positions")
         if tokens.device.type != "cpu":  # looking would make the CPU wait for the device
             return
         low, high = tokens.aminmax()

@@ -62,7 +62,10 @@ class LentMethods:
         None: logits are wanted."""
         if return_type is not None or self.hook_logits.wanted:
             return None
-        return len(self.blocks) if cache is not None else self._last_needed()
+        if cache is not None:
+            return len(self.blocks)
+        last = self._last_needed()
+        return last + int(last < len(self.blocks) and self._entering[last].wanted)
 
     def _run_lent(
         self: HookedTransformer,

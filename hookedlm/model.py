@@ -192,11 +192,13 @@ class HookedTransformer(
             tokens, stream, mask, past, past_kv_cache, shortformer_pos_embed, inputs_embeds, others
         )
         if stop_at_layer is None and return_type is None and past_kv_cache is None:
-            stop = self._last_needed()
+            stop = max(start, self._last_needed())
         for layer in range(start, stop):
             stream = self.blocks[layer](stream, prepared.contexts[layer])
         if stop_at_layer is not None:
             return stream
+        if stop < len(self.blocks):
+            self._entering[stop](stream)
         return self._leave(stream, tokens, mask, known, return_type, loss_per_token)
 
     def _check(
@@ -212,12 +214,17 @@ class HookedTransformer(
         return first, max(first, last)
 
     def _last_needed(self) -> int:
-        """How many blocks must run when nobody asked for logits: up to the last one hooked."""
+        """How many blocks must run when nobody asked for logits: up to the last one hooked, without
+        it if the hook is where the stream enters it."""
         tail = [self.hook_logits, *self._final_points, *self._head_points]
         if any(point.wanted for point in tail):
             return len(self.blocks)
         wanted = [i for i, points in enumerate(self._block_points) if any(p.wanted for p in points)]
-        return max(wanted, default=-1) + 1
+        if not wanted:
+            return 0
+        last = wanted[-1]
+        inside = any(p.wanted for p in self._block_points[last] if p is not self._entering[last])
+        return last + int(inside)
 
     def _leave(
         self,
@@ -293,6 +300,9 @@ class HookedTransformer(
         """Name every hook point; call again after adding or replacing modules."""
         super().setup()
         self._block_points = [self._points_under(f"blocks.{i}.") for i in range(len(self.blocks))]
+        self._entering = [
+            self.hook_dict[f"blocks.{i}.hook_resid_pre"] for i in range(len(self.blocks))
+        ]
         self._final_points = self._points_under("ln_final.")
         self._head_points = self._points_under("mlm_head.")
 

@@ -123,8 +123,11 @@ class FusedQKV:
         self, y: Float[Tensor, "batch pos all_heads_d_head"], n_heads: int, n_kv: int, d_head: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v ``[batch, pos, head, d_head]`` out of the product."""
+        # Not y.split or unbind: autograd forbids editing their views in place, which hooks may do.
+        if self.order == "blocks" and n_heads == n_kv:
+            parts = y.unflatten(-1, (3, n_heads, d_head))
+            return parts.select(2, 0), parts.select(2, 1), parts.select(2, 2)
         if self.order == "blocks":
-            # Not y.split: autograd forbids editing its views in place, which hooks may do.
             n_q, n_k = n_heads * d_head, n_kv * d_head
             q, k, v = y[..., :n_q], y[..., n_q : n_q + n_k], y[..., n_q + n_k :]
             return (

@@ -124,10 +124,10 @@ def _keeper(kept: list[KeysValues]) -> Callable[[Tensor, Tensor], KeysValues]:
 
 
 def _goes_on(base: BaseRun) -> bool:
-    """Whether a run from the middle on comes to what the base run came to. It is tried, for a part
-    may look back in ways that nobody declared."""
-    start = base.length // 2
-    if start == 0:
+    """Whether a run of the last two positions comes to what the base run came to. It is tried, for
+    a part may look back in ways that nobody declared."""
+    start = max(1, base.length - 2)
+    if start == base.length:
         return True
     contexts = RowContexts(base, start)
     stream = base.entering[0][:, start:]
