@@ -12,9 +12,11 @@ import torch
 from tiny import TINIES
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.activations import NewGELUActivation
 
 import hookedlm
 from hookedlm import HookedTransformer
+from hookedlm.layers.activations import gelu_tanh
 
 # Tiny models gain nothing from threads, and several workers of a test run would fight over cores.
 torch.set_num_threads(int(os.environ.get("HOOKEDLM_TEST_THREADS", "1")))
@@ -73,6 +75,13 @@ def hf(name: str) -> torch.nn.Module:
 def hooked(name: str) -> HookedTransformer:
     """The same, hooked, with a tokenizer. Shared: leave it as it is."""
     return hookedlm.load(hf(name), tokenizer=word_tokenizer())
+
+
+@pytest.fixture
+def one_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's GELU of eight operations as the one kernel that it is here: without that
+    difference, numbers are equal to the bit."""
+    monkeypatch.setattr(NewGELUActivation, "forward", lambda self, x: gelu_tanh(x))
 
 
 @pytest.fixture

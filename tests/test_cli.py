@@ -98,6 +98,7 @@ def test_info_lists_sizes_fidelity_and_hooks(capsys, folder):
         assert expected in text
 
 
+@pytest.mark.usefixtures("one_gelu")
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_verify_agrees(capsys, folder, family):
     assert cli.main(["verify", str(folder / family)]) == 0

@@ -81,6 +81,7 @@ def hf_inputs(given: dict) -> dict:
 # Parity -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_gelu")
 @pytest.mark.parametrize("given", GIVEN, ids=lambda given: "+".join(given) or "plain")
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
 def test_numbers_are_hugging_faces(given, act):

@@ -122,6 +122,7 @@ def answers(model: HookedEncoder, out) -> dict[str, torch.Tensor]:
 
 
 @each
+@pytest.mark.usefixtures("one_gelu")
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_numbers_are_hugging_faces(name, left):
     theirs, model = pair(name)
@@ -147,6 +148,7 @@ def test_numbers_are_hugging_faces(name, left):
         torch.testing.assert_close(mine[real], his[real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("one_gelu")
 @pytest.mark.parametrize("name", ["roberta", "xlm-roberta-bare", "camembert", "data2vec-text"])
 def test_positions_count_the_tokens_that_are_not_padding(name):
     theirs, model = pair(name)
