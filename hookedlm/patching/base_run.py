@@ -103,9 +103,18 @@ def run_base(model: HookedTransformer, tokens: Any, mask: Tensor | None = None) 
         stream = block(stream, context)
     base.entering.append(stream)
     base.reuse = Reuse.POSITIONS if keeps else Reuse.LAYERS
-    if keeps and not _goes_on(base):
-        base.reuse = Reuse.LAYERS
+    if keeps:
+        built = map(id, model.blocks.modules())
+        key = ("goes on", *built, *_shape(base), known is None)
+        if not model.driver.kept(key, lambda: _goes_on(base)):
+            base.reuse = Reuse.LAYERS
     return base
+
+
+def _shape(base: BaseRun) -> tuple[Any, ...]:
+    """What contexts of an unpadded run hang on."""
+    stream = base.entering[0]
+    return base.length, stream.dtype, stream.device, torch.is_inference_mode_enabled()
 
 
 def _keeps_positions(block: Any, context: Context) -> bool:
@@ -150,7 +159,12 @@ class RowContexts:
         if not self._broadcasts:
             return
         if base.mask is None:
-            self._contexts = self._prepare(base.tokens[:1], None, base.entering[0][:1], slice(1))
+            given = (base.tokens[:1], None, base.entering[0][:1], slice(1))
+            self._contexts = (
+                base.model.driver.kept((start, *_shape(base)), lambda: self._prepare(*given))
+                if base.model.driver.preparer.reusable
+                else self._prepare(*given)
+            )
             return
         tokens, mask, stream = base.tokens, base.mask, base.entering[0]
         self._contexts = self._prepare(tokens, mask, stream, slice(None))
