@@ -177,9 +177,8 @@ class Driver:
         return prepared
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """What ``make`` returns, or what it returned for this key before: for what hangs on nothing
-        but the modules and the key."""
-        key = (*map(id, self.preparer.module.modules() if self.preparer.module else ()), *key)
+        """What ``make`` returns, or what it returned for this key before: for contexts that hang on
+        nothing else."""
         if key not in self._results:
             self._results[key] = make()
             if len(self._results) > KEPT_RESULTS:

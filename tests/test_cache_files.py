@@ -244,7 +244,7 @@ def test_an_interrupted_save_leaves_the_old_file(saved, model, tokens, monkeypat
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hookedlm.cache.files.save_file", interrupted)
+    monkeypatch.setattr("hookedlm.writing.save_file", interrupted)
     _, other = model.run_with_cache(tokens[:, :3])
     with pytest.raises(KeyboardInterrupt):
         other.save(path)

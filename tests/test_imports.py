@@ -52,7 +52,7 @@ FLOORS = {
         "generation transforms loading pretrained processing encoder encoder_decoder audio "
         "sampling data encoders hub reach inputs embeds samples interventions "
         "state_dicts past_key_values model_configs classic_files checkpoints "
-        "streaming shards single",
+        "streaming shards single writing",
         5: "load patching circuits lenses steering utils prompts head_detector evals train "
         "svd_interpreter components plots",
         6: "cli transformer_lens install __main__",

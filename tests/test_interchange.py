@@ -681,7 +681,7 @@ def test_a_file_that_is_damaged_or_another_one_is_refused(tmp_path, monkeypatch)
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hookedlm.patching.rotated_files.os.replace", fail)
+    monkeypatch.setattr("hookedlm.writing.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         ours.save(path)
     assert path.read_bytes() == whole

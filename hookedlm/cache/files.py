@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import Self
 
@@ -19,6 +17,7 @@ from hookedlm.cache.dictionary import CacheDictionary
 from hookedlm.derive import Activations
 from hookedlm.errors import CacheFileError
 from hookedlm.root import NamesFilter, names_given
+from hookedlm.writing import write_tensors
 
 if TYPE_CHECKING:
     from hookedlm.model import HookedTransformer
@@ -54,15 +53,7 @@ class FileMethods(CacheDictionary):
             "axes": {name: self._axes(name) for name in chosen},
             "checksums": {name: checksum(x) for name, x in tensors.items()},
         }
-        path = Path(path)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, unfinished, {"hookedlm": json.dumps(described)})
-            os.replace(unfinished, path)
-        except BaseException:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        write_tensors(path, tensors, described)
 
     @classmethod
     def load(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from hookedlm.interventions.from_runs import Freeze, Mean, Noise, Patch, Resampl
 from hookedlm.interventions.intervention import Intervention
 from hookedlm.interventions.sources import of_run
 from hookedlm.interventions.what import Add, ProjectOut, Scale, What, Zero, options, short
+from hookedlm.writing import write_whole
 
 FORMAT = "hookedlm interventions 1"
 INDEX = "interventions.json"
@@ -54,8 +54,8 @@ def save(interventions: Sequence[Intervention], folder: str | os.PathLike[str]) 
         checksum = zlib.crc32(x.flatten().view(torch.uint8).numpy().tobytes(), checksum)
     beside = f"tensors-{checksum:08x}.safetensors"
     index = {"format": FORMAT, "tensors": beside, "interventions": listed}
-    _replace(folder / beside, lambda path: save_file(tensors, path))
-    _replace(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=1), "utf-8"))
+    write_whole(folder / beside, lambda path: save_file(tensors, path))
+    write_whole(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=1), "utf-8"))
     for old in folder.glob("tensors-*.safetensors"):  # of what was there before
         if old.name != beside:
             old.unlink()
@@ -75,17 +75,6 @@ def load(folder: str | os.PathLike[str]) -> list[Intervention]:
         return [_intervention(each, tensors) for each in index["interventions"]]
     except (SafetensorError, KeyError, ValueError, TypeError, FileNotFoundError) as error:
         raise CacheFileError(f"{path.parent} is damaged: {error}") from error
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(unfinished))
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
 
 
 def _plain(intervention: Intervention, keep: Callable[[Tensor], Any]) -> dict[str, Any]:

@@ -54,8 +54,21 @@ class Patch(What):
         return instead(x, self.value, source)
 
 
+class FromRun(What):
+    """What another run has there."""
+
+    @property
+    def needs_source(self) -> bool:
+        """Always."""
+        return True
+
+    def of(self, x: Part, source: Part | None = None) -> Part:
+        """The source."""
+        return instead(x, None, source)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Freeze(What):
+class Freeze(FromRun):
     """Values of the same run without other interventions, or of another run.
 
     With frozen attention patterns and norm scales, attention is linear in the stream ("A
@@ -69,15 +82,6 @@ class Freeze(What):
             check_run(self.source, "Freeze")
         if value_of(self.source) is not None:
             raise InputError("Freeze wants a run; Patch puts a tensor in")
-
-    @property
-    def needs_source(self) -> bool:
-        """Always."""
-        return True
-
-    def of(self, x: Part, source: Part | None = None) -> Part:
-        """The source."""
-        return instead(x, None, source)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,7 +116,7 @@ class Mean(What):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Resample(What):
+class Resample(FromRun):
     """The same part on other examples, drawn at random: resampling ablation (causal scrubbing).
 
     ``examples``: as for `Mean`, all of one length; None: the other rows of the run's own batch,
@@ -128,15 +132,6 @@ class Resample(What):
             check_examples(self.examples, "Resample")
         if value_of(self.examples) is not None:
             raise InputError("Resample draws from tokens or texts, not from a float tensor")
-
-    @property
-    def needs_source(self) -> bool:
-        """Always."""
-        return True
-
-    def of(self, x: Part, source: Part | None = None) -> Part:
-        """What was drawn."""
-        return instead(x, None, source)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -103,11 +103,8 @@ def run_base(model: HookedTransformer, tokens: Any, mask: Tensor | None = None) 
         stream = block(stream, context)
     base.entering.append(stream)
     base.reuse = Reuse.POSITIONS if keeps else Reuse.LAYERS
-    if keeps:
-        built = map(id, model.blocks.modules())
-        key = ("goes on", *built, *_shape(base), known is None)
-        if not model.driver.kept(key, lambda: _goes_on(base)):
-            base.reuse = Reuse.LAYERS
+    if keeps and not _goes_on(base):
+        base.reuse = Reuse.LAYERS
     return base
 
 

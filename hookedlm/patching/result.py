@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hookedlm.errors import CacheFileError, InputError
+from hookedlm.writing import write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -230,15 +229,7 @@ class SweepResult:
             "format": FORMAT,
             "axes": list(self.axes.items()),
         }
-        path = Path(path)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, unfinished, {"hookedlm": json.dumps(told)})
-            os.replace(unfinished, path)
-        except BaseException:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        write_tensors(path, tensors, told)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SweepResult:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hookedlm.errors import CacheFileError
 from hookedlm.patching.rotated import SPACES, Space
+from hookedlm.writing import write_tensors
 
 FORMAT = "hookedlm rotated interchange 1"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -30,14 +28,7 @@ def save_space(space: Space, where: dict[str, Any], path: Path) -> None:
     }
     state = space.state_dict()
     tensors = {name: x.detach().cpu().clone().contiguous() for name, x in state.items()}
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, unfinished, {"hookedlm": json.dumps(told)})
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    write_tensors(path, tensors, told)
 
 
 def load_space(path: Path) -> tuple[Space, dict[str, Any]]:
