@@ -69,6 +69,7 @@ def heatmaps(
     xaxis: str = "",
     yaxis: str = "",
     zmid: float | None = 0.0,
+    colorbar: str = "",
     **layout: Any,
 ) -> go.Figure:
     """Several heatmaps side by side, on one scale of colours. ``names`` stand above them; the rest
@@ -84,7 +85,8 @@ def heatmaps(
         figure.add_trace(trace, row=1, col=column)
         figure.update_xaxes(panel.layout.xaxis, row=1, col=column)
         figure.update_yaxes(panel.layout.yaxis, row=1, col=column)
-    figure.update_layout(coloraxis={"colorscale": "RdBu", "cmid": zmid})
+    bar = {"title": {"text": colorbar}}
+    figure.update_layout(coloraxis={"colorscale": "RdBu", "cmid": zmid, "colorbar": bar})
     return figure.update_layout(title=title, template="plotly_white", **layout)
 
 

@@ -917,6 +917,9 @@ def test_figures(result, gpt2):
     assert figure.data[0].zmid == pytest.approx(float(result.corrupted))
     panels = result.plot()
     assert [title.text for title in panels.layout.annotations] == ["resid_pre", "z"]
+    assert panels.layout.coloraxis.colorbar.title.text == result.metric
+    by_layer = run(gpt2, grid={"name": "z", "layer": [0, 1], "head": True, "pos": True}).plot()
+    assert [title.text for title in by_layer.layout.annotations] == ["layer 0", "layer 1"]
     for panel, values in zip(panels.data, result.values, strict=True):
         assert torch.tensor(panel.z).allclose(values)
     assert panels.layout.coloraxis.cmid == pytest.approx(float(result.corrupted))

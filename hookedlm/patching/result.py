@@ -190,11 +190,16 @@ class SweepResult:
         if len(names) == 1:
             options = options | {"yaxis": self.metric} | layout
             return plots.line(values, x=self._told(names[0]), **options)
-        options = options | {"yaxis": names[-2], "zmid": self._middle()} | layout
+        told = {"yaxis": names[-2], "zmid": self._middle(), "colorbar": self.metric}
+        options = options | told | layout
         x, y = self._told(names[-1]), self._told(names[-2])
         if len(names) == 2:
             return plots.heatmap(values, x=x, y=y, **options)
-        return plots.heatmaps(values, self._told(names[0]), x=x, y=y, **options)
+        panels = [
+            f"{names[0]} {text}" if isinstance(label, int) and text == str(label) else text
+            for label, text in zip(self.axes[names[0]], self._told(names[0]), strict=True)
+        ]
+        return plots.heatmaps(values, panels, x=x, y=y, **options)
 
     def _middle(self) -> float:
         """The metric of the run that was patched: where nothing changed."""
