@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,11 +20,8 @@ from hookedlm.errors import InputError
 from hookedlm.layers.context import Context
 from hookedlm.past_key_values import HookedTransformerKeyValueCache
 
-KEPT, KEPT_RESULTS = 4, 32
-"""Shapes whose contexts are kept: a sweep alternates between one or two, and goes on from some more
-positions."""
-
-T = TypeVar("T")
+KEPT = 4
+"""Shapes whose contexts are kept: a sweep alternates between one or two."""
 
 
 class Preparer(Protocol):
@@ -77,7 +74,6 @@ class Driver:
     def __init__(self, preparer: Preparer):
         self.preparer = preparer
         self._kept: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
-        self._results: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._masks: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
         self.latest: list[Context] = []
 
@@ -176,19 +172,9 @@ class Driver:
         self.latest = [] if cache is not None else prepared.contexts
         return prepared
 
-    def kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """What ``make`` returns, or what it returned for this key before: for contexts that hang on
-        nothing else."""
-        if key not in self._results:
-            self._results[key] = make()
-            if len(self._results) > KEPT_RESULTS:
-                self._results.popitem(last=False)
-        return self._results[key]
-
     def forget(self) -> None:
         """Drop what was kept: the modules moved or changed."""
         self._kept.clear()
-        self._results.clear()
         self.latest = []
 
     def __getstate__(self) -> dict[str, Any]:

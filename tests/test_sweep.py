@@ -445,12 +445,13 @@ class NoLooking(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gptj", "gemma2"])
 def test_the_loop_waits_for_no_device(kind, monkeypatch):
     """Nothing in it looks at a number, which on a GPU would stop everything."""
-    runs, growing = [], engine._growing
+    firsts, packed_runs = [], engine.PackedRuns
 
-    def grow(*args):
+    def packed(*args):
         with NoLooking():
-            runs.append(args[3])
-            return growing(*args)
+            runs = packed_runs(*args)
+            firsts.append(runs.pack.first)
+            return runs
 
     def run_cells(base, plan, read, **options):
         def reading(out, cells):
@@ -460,12 +461,12 @@ def test_the_loop_waits_for_no_device(kind, monkeypatch):
         return engine.run_cells(base, plan, reading, **options)
 
     monkeypatch.setitem(engine.OVERHEAD, "cpu", -1)
-    monkeypatch.setattr(engine, "_growing", grow)
+    monkeypatch.setattr(engine, "PackedRuns", packed)
     monkeypatch.setattr(MODULE, "run_cells", run_cells)
     metrics = [LogitDiff(5, 20), LogProb(5), AnswerRank(5), KL(torch.randn(1, 96))]
     for metric in [*metrics, normalised(metrics[0], clean=1.0, corrupted=0.0)]:
         run(model_for(kind), metric)
-    assert set(runs) == set(range(LENGTH))
+    assert set(firsts) == set(range(LENGTH))
     with pytest.raises(AssertionError), NoLooking():
         bool(torch.ones(1))
 

@@ -125,7 +125,9 @@ class Attention(Weights):
         """What attention adds, from queries, keys and values ``[batch, pos, head, d_head]``."""
         # A key-value cache keeps what hooks may have edited: one kind of heads, listened to or not.
         if self.ungrouped and (
-            ctx.remember is not None or any(point.wanted for point in self._key_points())
+            ctx.remember is not None
+            or ctx.packed is not None
+            or any(point.wanted for point in self._key_points())
         ):
             k, v = self._per_query_head(k), self._per_query_head(v)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
@@ -141,10 +143,14 @@ class Attention(Weights):
             k, v = ctx.remember(k, v)
         if self.spec.stores_keys is not None and ctx.shared_keys is not None:
             ctx.shared_keys[self.spec.stores_keys] = k, v
-        z = self._attend(q, k, v, ctx)
+        packed = ctx.packed
+        if packed is None:
+            z = self._attend(q, k, v, ctx)
+        else:
+            z = packed.attend(self._attend, q, k, v, ctx)
         if self.finishes:
-            z = self._finished(self.hook_weighted(z), x_q)
-        z = self.hook_z(z)
+            z = self._finished(self.hook_weighted(z), x_q if packed is None else packed.kept(x_q))
+        z = self.hook_z(z if packed is None else packed.joined(z))
         if self.hook_result.wanted:
             result = self.hook_result(self.result(z))
             b_O = self._parameters["b_O"]

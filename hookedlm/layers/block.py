@@ -64,6 +64,9 @@ class Parts:
 class AttentionBranch(nn.Module):
     """Base of blocks with attention: the stream as each head reads it, normed and attended."""
 
+    packs = False
+    """Whether positions of many runs may be given as one row (``Context.packed``)."""
+
     def _build_inputs(self, spec: BlockSpec, parts: Parts) -> None:
         self.spec = spec
         self.hook_resid_pre = HookPoint(STREAM, shares=True)
@@ -145,6 +148,8 @@ class AttentionBranch(nn.Module):
 class SequentialBlock(AttentionBranch):
     """Attention, then the MLP on the result (arXiv 1706.03762, pre-norm)."""
 
+    packs = True
+
     def __init__(self, spec: BlockSpec, parts: Parts):
         super().__init__()
         self._build_inputs(spec, parts)
@@ -162,13 +167,16 @@ class SequentialBlock(AttentionBranch):
 
     def _behind_mlp(self, resid: Stream, ctx: Context) -> Stream:
         pre = self.hook_resid_pre(resid)
-        mid = self.hook_resid_mid(self.attn_keep(pre) + self._attention_of(pre, ctx, self.ln1))
+        attn_out = self._attention_of(pre, ctx, self.ln1)
+        mid = self.hook_resid_mid(self.attn_keep(ctx.onward(pre)) + attn_out)
         mlp_out = self._mlp_of_normed(self.ln2(self.hook_mlp_in(mid)))
         return self.mlp_keep(mid) + mlp_out
 
 
 class AttentionOnlyBlock(AttentionBranch):
     """Attention without an MLP: toy models."""
+
+    packs = True
 
     def __init__(self, spec: BlockSpec, parts: Parts):
         super().__init__()
@@ -179,7 +187,8 @@ class AttentionOnlyBlock(AttentionBranch):
 
     def forward(self, resid: Stream, ctx: Context) -> Stream:
         pre = self.hook_resid_pre(resid)
-        return self.hook_resid_post(pre + self._attention_of(pre, ctx, self.ln1))
+        attn_out = self._attention_of(pre, ctx, self.ln1)
+        return self.hook_resid_post(ctx.onward(pre) + attn_out)
 
 
 class ParallelBlock(AttentionBranch):
@@ -188,6 +197,8 @@ class ParallelBlock(AttentionBranch):
     Where the family has one norm for both, ``ln1`` and ``ln2`` hold the same weights, and the norm
     is computed once unless a hook sits on either.
     """
+
+    packs = True
 
     def __init__(self, spec: BlockSpec, parts: Parts):
         super().__init__()
@@ -202,11 +213,12 @@ class ParallelBlock(AttentionBranch):
 
     def forward(self, resid: Stream, ctx: Context) -> Stream:
         pre = self.hook_resid_pre(resid)
-        if self.spec.shared_norm and self._norm_once():
+        if self.spec.shared_norm and ctx.packed is None and self._norm_once():
             x = self.ln1(pre)
             attn_out, mlp_out = self._attention_of(x, ctx, SAME), self._mlp_of_normed(x)
         else:
             attn_out = self._attention_of(pre, ctx, self.ln1)
+            pre = ctx.onward(pre)
             mlp_out = self._mlp_of_normed(self.ln2(self.hook_mlp_in(pre)))
         return self.hook_resid_post(self._sum(pre, attn_out, mlp_out))
 
@@ -224,6 +236,8 @@ class PostNormBlock(AttentionBranch):
     """The stream itself is normalised after each addition (OPT-350m, the original Transformer):
     ``hook_resid_mid`` and ``hook_resid_post`` are the normalised streams."""
 
+    packs = True
+
     def __init__(self, spec: BlockSpec, parts: Parts):
         super().__init__()
         self._build_inputs(spec, parts)
@@ -237,7 +251,8 @@ class PostNormBlock(AttentionBranch):
 
     def forward(self, resid: Stream, ctx: Context) -> Stream:
         pre = self.hook_resid_pre(resid)
-        mid = self.hook_resid_mid(self.ln1(pre + self._attention_of(pre, ctx, SAME)))
+        attn_out = self._attention_of(pre, ctx, SAME)
+        mid = self.hook_resid_mid(self.ln1(ctx.onward(pre) + attn_out))
         mlp_out = self._mlp_of_normed(self.hook_mlp_in(mid))
         return self.hook_resid_post(self.ln2(mid + mlp_out))
 

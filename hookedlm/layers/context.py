@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +12,30 @@ from torch import Tensor
 
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Appends this pass's keys and values to the key-value cache and returns all of them."""
+
+
+class Packed(Protocol):
+    """Runs of different lengths along one row of positions, each attending within itself
+    (`hookedlm.patching.packing`). Not all that go into attention need go on from it, and others may
+    join behind it."""
+
+    def attend(
+        self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, ctx: Context
+    ) -> Float[Tensor, "1 pos head d_head"]:
+        """``attend(q, k, v, ctx)`` with a row for each run."""
+        ...
+
+    def kept(self, x: Float[Tensor, "1 pos ..."]) -> Float[Tensor, "1 pos_on ..."]:
+        """Those of the positions that went into attention which go on from it."""
+        ...
+
+    def joined(self, z: Float[Tensor, "1 pos_on ..."]) -> Float[Tensor, "1 pos_out ..."]:
+        """With those that join behind attention."""
+        ...
+
+    def onward(self, stream: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, "1 pos_out d_model"]:
+        """The stream as attention is added to it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +49,8 @@ class Context:
     (Shortformer). ``layer_input`` is what the tokens say to this layer alone; through
     ``shared_keys`` a layer hands keys and values to later ones, through ``handed`` which keys it
     picked. ``kwargs`` are what Hugging Face would call its own block with, by name, for opaque
-    parts. ``skipped``: this pass goes around the block.
+    parts. ``skipped``: this pass goes around the block. ``packed``: positions are those of many
+    runs.
     """
 
     mask: Tensor | None = None
@@ -39,6 +64,11 @@ class Context:
     remember: Remember | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     skipped: bool = False
+    packed: Packed | None = None
+
+    def onward(self, stream: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        """The stream as a block adds to it."""
+        return stream if self.packed is None else self.packed.onward(stream)
 
     def allowed(self, n_query: int, n_key: int) -> Bool[Tensor, "batch head pos key_pos"] | None:
         """Which keys each query may attend to, as booleans; None means all of them."""

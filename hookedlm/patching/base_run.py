@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
+from hookedlm.hooks import HookPoint, HookRequest, attached
 from hookedlm.layers.attention import Attention
+from hookedlm.layers.block import AttentionBranch
 from hookedlm.layers.context import Context
 from hookedlm.lent import loop_of
 from hookedlm.model import HookedTransformer
+from hookedlm.patching.packing import Pack, Step, packs
 
 Stream = Float[Tensor, "batch pos d_model"]
-KeysValues = tuple[Float[Tensor, "batch kv_head pos d_head"], Float[Tensor, "batch kv_head pos d"]]
+KeysValues = tuple[Float[Tensor, "batch pos kv_head d_head"], Float[Tensor, "batch pos kv_head d"]]
 
 
 class Reuse(IntEnum):
@@ -44,8 +46,12 @@ class BaseRun:
     reuse: Reuse
     entering: list[Stream] = field(default_factory=list)
     """The stream as it enters each block; behind the last of them, as it leaves it."""
+    contexts: list[Context] = field(default_factory=list)
+    """What each block was called with."""
     keys: list[KeysValues] = field(default_factory=list)
     """Each layer's keys and values of all positions, rotated, if positions may be reused."""
+    z: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
+    """What attention handed on, in the layers that are patched behind it."""
 
     @property
     def n_examples(self) -> int:
@@ -76,8 +82,14 @@ def listened(model: HookedTransformer) -> bool:
 
 
 @torch.no_grad()
-def run_base(model: HookedTransformer, tokens: Any, mask: Tensor | None = None) -> BaseRun:
-    """The base run of text, texts or tokens; no run at all where none can be shared."""
+def run_base(
+    model: HookedTransformer,
+    tokens: Any,
+    mask: Tensor | None = None,
+    points: Iterable[HookPoint] = (),
+) -> BaseRun:
+    """The base run of text, texts or tokens; no run at all where none can be shared. ``points``
+    will be patched: what goes before them is kept."""
     ids, known, _ = model._read_input(tokens, None, None, None, None, mask)
     assert ids is not None
     base = BaseRun(model, ids, known, Reuse.NOTHING)
@@ -95,12 +107,23 @@ def run_base(model: HookedTransformer, tokens: Any, mask: Tensor | None = None) 
         return base
     preparer = model.driver.preparer
     keeps = preparer.remembers and preparer.own_cache is None
-    keeps = keeps and all(map(_keeps_positions, model.blocks, contexts))
-    for block, context in zip(model.blocks, contexts, strict=True):
-        base.entering.append(stream)
-        if keeps:
-            context = replace(context, remember=_keeper(base.keys))
-        stream = block(stream, context)
+    keeps = keeps and all(
+        _keeps_positions(block, context, base.tokens.shape)
+        for block, context in zip(model.blocks, contexts, strict=True)
+    )
+    base.contexts = contexts
+    behind = {p.layer() for p in points if is_behind_attention(p, model)} if keeps else set()
+
+    def keep_z(z: Tensor, hook: HookPoint) -> None:
+        base.z[hook.layer()] = z
+
+    wanted = [model.hook_dict[f"blocks.{layer}.attn.hook_z"] for layer in sorted(behind)]
+    with attached([HookRequest(point, keep_z, observes=True) for point in wanted]):
+        for block, context in zip(model.blocks, contexts, strict=True):
+            base.entering.append(stream)
+            if keeps:
+                context = replace(context, remember=_keeper(base.keys))
+            stream = block(stream, context)
     base.entering.append(stream)
     base.reuse = Reuse.POSITIONS if keeps else Reuse.LAYERS
     if keeps and not _goes_on(base):
@@ -108,135 +131,80 @@ def run_base(model: HookedTransformer, tokens: Any, mask: Tensor | None = None) 
     return base
 
 
-def _shape(base: BaseRun) -> tuple[Any, ...]:
-    """What contexts of an unpadded run hang on."""
-    stream = base.entering[0]
-    return base.length, stream.dtype, stream.device, torch.is_inference_mode_enabled()
-
-
-def _keeps_positions(block: Any, context: Context) -> bool:
+def _keeps_positions(block: Any, context: Context, shape: tuple[int, int]) -> bool:
     """Whether what a block does at a position hangs on earlier ones by keys and values alone."""
     attn = block._modules.get("attn")
     plain = isinstance(attn, Attention) and attn.spec.causal
-    return plain and not context.kwargs and context.positions is None
+    whole = not context.kwargs and context.positions is None
+    packs_runs = isinstance(block, AttentionBranch) and block.packs
+    return plain and whole and packs_runs and packs(context, *shape)
 
 
-def _keeper(kept: list[KeysValues]) -> Callable[[Tensor, Tensor], KeysValues]:
-    def remember(k: Tensor, v: Tensor) -> KeysValues:
-        kept.append((k, v))
+def _keeper(kept: list[KeysValues]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def remember(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kept.append((k.transpose(1, 2), v.transpose(1, 2)))
         return k, v
 
     return remember
 
 
+def is_behind_attention(point: HookPoint, model: HookedTransformer) -> bool:
+    """Whether a point of a block fires behind its attention, at ``hook_z`` or later."""
+    name = point.name or ""
+    z = ".".join([*name.split(".")[:2], "attn.hook_z"])
+    names = list(model.hook_dict)
+    return z in model.hook_dict and names.index(name) >= names.index(z)
+
+
 def _goes_on(base: BaseRun) -> bool:
-    """Whether a run of the last two positions comes to what the base run came to. It is tried, for
-    a part may look back in ways that nobody declared."""
-    start = max(1, base.length - 2)
-    if start == base.length:
+    """Whether a run of the last two positions comes to what the base run came to, and its last
+    block read at the last position alone. It is tried, for a part may look back in ways that nobody
+    declared."""
+    start = base.length - 2
+    if start < 1:
         return True
-    contexts = RowContexts(base, start)
-    stream = base.entering[0][:, start:]
+    pack, n, n_layers = Pack(base, [start]), base.n_examples, len(base.contexts)
+    stream = pack.entering(base.entering[0], 0, n)
     for layer, block in enumerate(base.model.blocks):
-        stream = block(stream, contexts.at(layer, 1))
-    whole = base.entering[-1][:, start:]
+        last = layer == n_layers - 1
+        step = Step(pack, layer, n, n, base.length - 1 if last else None, n if last else 0)
+        if last and not _close(base, stream, base.entering[layer][:, start:], start):
+            return False
+        stream = block(stream, step.context(base.contexts[layer]))
+    return _close(base, stream, base.entering[-1][:, -1:], base.length - 1)
+
+
+def _close(base: BaseRun, found: Tensor, whole: Tensor, start: int) -> bool:
+    """Whether ``found [1, batch * pos, d_model]`` is what it should be, where there is no
+    padding."""
+    found = found.view(whole.shape)
     real = slice(None) if base.mask is None else base.mask[:, start:].bool()
     room = 1e-4 if whole.dtype == torch.float32 else 0.1  # half precision rounds other batches so
-    return bool((stream[real] - whole[real]).abs().max() <= room * whole[real].abs().max())
+    return bool((found[real] - whole[real]).abs().max() <= room * whole[real].abs().max())
 
 
 class RowContexts:
-    """Contexts for the base prompts once for every cell, from the position ``start`` on."""
+    """Contexts for the base prompts once for every cell: what opaque parts are called with."""
 
-    def __init__(self, base: BaseRun, start: int):
-        self.base, self.start = base, start
+    def __init__(self, base: BaseRun):
+        self.base = base
         self._prepared: dict[int, list[Context]] = {}
-        self._broadcasts = base.reuse == Reuse.POSITIONS
-        self._varies: list[set[str]] | None = None
-        if not self._broadcasts:
-            return
-        if base.mask is None:
-            given = (base.tokens[:1], None, base.entering[0][:1], slice(1))
-            self._contexts = (
-                base.model.driver.kept((start, *_shape(base)), lambda: self._prepare(*given))
-                if base.model.driver.preparer.reusable
-                else self._prepare(*given)
-            )
-            return
-        tokens, mask, stream = base.tokens, base.mask, base.entering[0]
-        self._contexts = self._prepare(tokens, mask, stream, slice(None))
-        if base.n_examples > 1:
-            padded = int(base.mask.sum(1).argmin())
-            only = slice(padded, padded + 1)
-            one = self._prepare(tokens[only], mask[only], stream[only], only)
-            self._varies = list(map(_varying, self._contexts, one))
 
     def at(self, layer: int, n_cells: int) -> Context:
         """What a block needs besides the stream of these many cells."""
-        if not self._broadcasts:
-            return self._for_rows(n_cells)[layer]
-        context, start = self._contexts[layer], self.start
-        if self._varies is not None and n_cells > 1:
-            context = _repeated(context, self._varies[layer], n_cells)
-        if not start:
-            return context
-        keys, values = (self.base.rows(x[:, :, :start], n_cells) for x in self.base.keys[layer])
-
-        def remember(k: Tensor, v: Tensor) -> KeysValues:
-            return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-
-        return replace(context, remember=remember)
-
-    def _for_rows(self, n_cells: int) -> list[Context]:
-        """Opaque parts are called with what Hugging Face prepares for so many rows."""
         if n_cells not in self._prepared:
             base = self.base
             mask = None if base.mask is None else base.rows(base.mask, n_cells)
             tokens, stream = (base.rows(x, n_cells) for x in (base.tokens, base.entering[0]))
-            self._prepared = {n_cells: self._prepare(tokens, mask, stream, slice(None))}
-        return self._prepared[n_cells]
-
-    def _prepare(
-        self, tokens: Tensor, mask: Tensor | None, stream: Stream, examples: slice
-    ) -> list[Context]:
-        model, start = self.base.model, self.start
-        cache = None
-        if start:
-            cache = DynamicCache()
-            for layer, (k, v) in enumerate(self.base.keys):
-                cache.update(k[examples, :, :start], v[examples, :, :start], layer)
-        driver, n_new = model.driver, stream.shape[1] - start
-        known = None if mask is None else driver.full_mask(mask, n_new, start, cache)
-        prepared = driver.prepare(
-            stream=stream[:, start:],
-            tokens=tokens[:, start:],
-            mask=known,
-            position_ids=driver.positions(known, n_new, start, stream.device),
-            cache=cache,
-        )
-        nothing: Any = {"remember": None}
-        return [replace(context, **nothing) for context in prepared.contexts]
-
-
-def _varying(here: Context, there: Context) -> set[str]:
-    """The fields that have a row for each example: they differ in length from those of one."""
-    found = set()
-    for name in ("mask", "temperature", "bias", "layer_input"):
-        ours, theirs = vars(here)[name], vars(there)[name]
-        if ours is not None and ours.shape[0] != theirs.shape[0]:
-            found.add(name)
-    if here.rotary is not None and there.rotary is not None:
-        longer = len(here.rotary[0]) != len(there.rotary[0])
-        found |= {"rotary"} if longer else set()
-    return found
-
-
-def _repeated(context: Context, names: set[str], n_cells: int) -> Context:
-    def repeat(x: Tensor) -> Tensor:
-        return x.repeat(n_cells, *[1] * (x.ndim - 1))
-
-    changes: dict[str, Any] = {
-        name: tuple(map(repeat, x)) if isinstance(x := vars(context)[name], tuple) else repeat(x)
-        for name in names
-    }
-    return replace(context, **changes)
+            driver = base.model.driver
+            known = None if mask is None else driver.full_mask(mask, base.length, 0, None)
+            prepared = driver.prepare(
+                stream=stream,
+                tokens=tokens,
+                mask=known,
+                position_ids=driver.positions(known, base.length, 0, stream.device),
+                cache=None,
+            )
+            nothing: Any = {"remember": None}
+            self._prepared = {n_cells: [replace(c, **nothing) for c in prepared.contexts]}
+        return self._prepared[n_cells][layer]

@@ -177,7 +177,7 @@ def _answers(
 ) -> list[Float[Tensor, ""]]:
     if not indices:
         return []
-    base = run_base(model, tokens)
+    base = run_base(model, tokens, None, [point for point, _ in points.values()])
     if isinstance(metric, Metric):
         metric.check(base.n_examples, base.length, model.cfg.d_vocab, base.mask)
     plan: Plan = SetterPlan(setter, indices, points, base.n_examples)

@@ -2,8 +2,10 @@
 
 The base prompts run once. A cell's run enters at the block that it patches, beside those that came
 in earlier; it computes the positions from the first patched one on, for what went before is in the
-base run's keys and values; and of its last stream only what the metric reads is unembedded. The
-numbers are those of one run for each cell, up to rounding.
+base run's keys and values; in the last block only the positions that the metric reads go on from
+attention, and of the last stream only what it reads is unembedded. The numbers are those of one run
+for each cell, up to rounding. Here is what all families have in common; where runs can be packed,
+they are (`hookedlm.patching.packed`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from hookedlm.errors import HookNeverFiredError
 from hookedlm.hooks import HookPoint, HookRequest, attached
 from hookedlm.patching.base_run import BaseRun, Reuse, RowContexts, listened
 from hookedlm.patching.memory import is_out_of_memory, most_tokens
+from hookedlm.patching.packed import PackedRuns
 from hookedlm.patching.plans import Plan
 from hookedlm.patching.readout import ReadOut
 
@@ -41,55 +44,61 @@ def run_cells(
     as memory allows. Out of memory, it is halved. Where somebody's hooks are in the model, each
     cell has a run of its own."""
     groups, alone = grouped(base, plan), listened(base.model)
-    n_cells = sum(len(cells) for _, cells in groups)
+    n_cells = sum(len(cells) for cells in groups)
     with tqdm(total=n_cells, desc=progress, leave=False, disable=not progress) as bar:
-        for start, cells in groups:
+        for cells in groups:
             room = most_tokens(base.model, read_all=base.reuse == Reuse.NOTHING)
-            fitting = max(1, room // (base.n_examples * (base.length - start)))
-            size = fitting if batch_size is None else batch_size
-            size = 1 if alone else size
-            contexts = RowContexts(base, start) if base.reuse else None
-            done = 0
+            contexts = RowContexts(base)
+            done, most = 0, 1 if alone else batch_size
             while done < len(cells):
+                size = fitting(base, plan, cells[done:], room) if most is None else most
                 some = cells[done : done + size]
                 try:
-                    numbers = read(_run(base, plan, some, start, contexts), some)
+                    numbers = read(_run(base, plan, some, contexts), some)
                 except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if size == 1 or not is_out_of_memory(error):
+                    if len(some) == 1 or not is_out_of_memory(error):
                         raise
-                    size = max(1, min(size, len(some)) // 2)
+                    most = len(some) // 2
                     continue
                 done += len(some)
                 bar.update(len(some))
                 yield some, numbers
 
 
-def _run(
-    base: BaseRun, plan: Plan, cells: Sequence[int], start: int, contexts: RowContexts | None
-) -> ReadOut:
-    if contexts is None:
-        return ReadOut(base, len(cells), logits=_whole_run(base, plan, cells))
-    return ReadOut(
-        base, len(cells), stream=_growing(base, plan, cells, start, contexts), start=start
-    )
+def fitting(base: BaseRun, plan: Plan, cells: Sequence[int], room: int) -> int:
+    """How many of these cells, from the first on, have room for so many positions; one at least."""
+    fits = 0
+    for cell in cells:
+        length = base.length
+        if base.reuse == Reuse.POSITIONS:  # attention has a place for every position
+            length = max(length - plan.starts[cell], length // 4)
+        room -= base.n_examples * length
+        if room < 0:
+            break
+        fits += 1
+    return max(1, fits)
 
 
-def _growing(
-    base: BaseRun, plan: Plan, cells: Sequence[int], start: int, contexts: RowContexts
-) -> Stream:
+def _run(base: BaseRun, plan: Plan, cells: Sequence[int], contexts: RowContexts) -> ReadOut:
+    if base.reuse == Reuse.POSITIONS:
+        return ReadOut(base, len(cells), runs=PackedRuns(base, plan, cells))
+    if base.reuse == Reuse.LAYERS:
+        return ReadOut(base, len(cells), stream=_growing(base, plan, cells, contexts))
+    return ReadOut(base, len(cells), logits=_whole_run(base, plan, cells))
+
+
+def _growing(base: BaseRun, plan: Plan, cells: Sequence[int], contexts: RowContexts) -> Stream:
     """The last stream of cells (in the order of their layers): each enters at its own block."""
     model, n_examples = base.model, base.n_examples
-    stream = base.entering[0][:0, start:]
+    stream = base.entering[0][:0]
     entered = 0
     for layer in range(plan.layers[cells[0]], len(model.blocks)):
-        before = entered
-        while entered < len(cells) and plan.layers[cells[entered]] == layer:
-            entered += 1
+        before, entered = entered, _entered(plan, cells, entered, layer)
         here = cells[before:entered]
         if here:
-            new = base.rows(base.entering[layer][:, start:], len(here))
+            new = base.rows(base.entering[layer], len(here))
             stream = torch.cat([stream, new]) if before else new
-        hook = Editor(plan, here, slice(before * n_examples, entered * n_examples), start)
+        hook = Editor(plan, here, slice(before * n_examples, entered * n_examples))
         with attached([HookRequest(plan.point(layer), hook)] if here else []) as handles:
             stream = model.blocks[layer](stream, contexts.at(layer, entered))
         _demand_fired(handles)
@@ -103,13 +112,20 @@ def _whole_run(base: BaseRun, plan: Plan, cells: Sequence[int]) -> Float[Tensor,
         places = [i for i, cell in enumerate(cells) if plan.layers[cell] == layer]
         here = [cells[i] for i in places]  # neighbours: cells are sorted by layer
         rows = slice(places[0] * n_examples, (places[-1] + 1) * n_examples)
-        hook = Editor(plan, here, rows, 0)
+        hook = Editor(plan, here, rows)
         requests.append(HookRequest(plan.point(layer), hook))
     mask = None if base.mask is None else base.rows(base.mask, len(cells))
     with attached(requests) as handles:
         logits = base.model(base.rows(base.tokens, len(cells)), attention_mask=mask)
     _demand_fired(handles)
     return logits
+
+
+def _entered(plan: Plan, cells: Sequence[int], entered: int, layer: int) -> int:
+    """How many cells have entered with this layer."""
+    while entered < len(cells) and plan.layers[cells[entered]] == layer:
+        entered += 1
+    return entered
 
 
 def _demand_fired(handles: Sequence[Any]) -> None:
@@ -119,9 +135,9 @@ def _demand_fired(handles: Sequence[Any]) -> None:
 
 
 class Editor:
-    """A hook that edits the rows of some cells."""
+    """A hook that edits the rows of some cells, which begin at position ``start``."""
 
-    def __init__(self, plan: Plan, cells: Sequence[int], rows: slice, start: int):
+    def __init__(self, plan: Plan, cells: Sequence[int], rows: slice, start: int = 0):
         self.plan, self.cells, self.rows, self.start = plan, cells, rows, start
 
     def __call__(self, x: Rows, hook: HookPoint) -> Rows:
@@ -132,29 +148,34 @@ class Editor:
         return x
 
 
-def grouped(base: BaseRun, plan: Plan) -> list[tuple[int, list[int]]]:
-    """(first position, cells in the order of their layers): cells that are run together.
+# Which cells are run together ---------------------------------------------------------------------
 
-    A group computes all positions from its first on; splitting it costs calls of blocks.
+
+def grouped(base: BaseRun, plan: Plan) -> list[list[int]]:
+    """Cells, in the order of their layers, that are run together.
+
+    Attention of a group has a place for all positions from the group's first on; splitting it costs
+    calls of blocks.
     """
     cells = sorted(range(len(plan.layers)), key=lambda cell: (plan.layers[cell], cell))
     if base.reuse < Reuse.POSITIONS:
-        return [(0, cells)] if cells else []
+        return [cells] if cells else []
     n_layers, length = len(base.model.blocks), base.length
     work = [0] * length
     for cell in cells:
         work[plan.starts[cell]] += (n_layers - plan.layers[cell]) * base.n_examples
+    share = 0.05 + length / (6 * base.model.cfg.d_model)  # of attention in a position's work
     overhead = OVERHEAD.get(base.tokens.device.type, OVERHEAD["cuda"]) * n_layers
-    bounds = [*_splits(work, 0, length, overhead), length]
+    bounds = [*_splits(work, 0, length, overhead / share), length]
     groups = []
     for first, end in pairwise(bounds):
         inside = [cell for cell in cells if first <= plan.starts[cell] < end]
         if inside:
-            groups.append((min(plan.starts[cell] for cell in inside), inside))
+            groups.append(inside)
     return groups
 
 
-def _splits(work: Sequence[int], first: int, end: int, overhead: int) -> list[int]:
+def _splits(work: Sequence[int], first: int, end: int, overhead: float) -> list[int]:
     """First positions of groups of the cells that start in ``[first, end)``."""
     behind = sum(work[first:end])
     best, where = overhead, None

@@ -161,7 +161,8 @@ class Swapping:
 
     def run(self) -> Float[Tensor, "cells batch n 2"]:
         """Every cell; those that an interruption left out are NaN."""
-        base = run_base(self.model, self.pair.base.tokens, self.pair.base.mask)
+        points = self.layout.all_points()
+        base = run_base(self.model, self.pair.base.tokens, self.pair.base.mask, points)
         plan, done = self._plan(), []
         options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.told}
         try:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hookedlm.hooks import HookPoint
+from hookedlm.patching.packing import on_device
 from hookedlm.patching.sites import Sites
 
 Rows = Float[Tensor, "rows ..."]
+Tokens = Float[Tensor, "token ..."]
+TokenOf = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(which cell, example, position) -> which token."""
 New = Callable[[Tensor, Tensor | None], Tensor]
 """(a part of an activation, the same part of the source run) -> what is put there."""
 
@@ -32,6 +35,10 @@ class Plan(ABC):
     def edit(self, rows: Rows, cells: Sequence[int], start: int) -> Rows:
         """The activation ``[cells * batch, ...]`` of these cells, which begins at position
         ``start``, with their patches."""
+
+    def edit_packed(self, tokens: Tokens, cells: Sequence[int], token_of: TokenOf) -> None:
+        """Patch, in place, cells that begin at positions of their own, one behind the other."""
+        raise NotImplementedError(f"{type(self).__name__} has cells that all begin at once")
 
 
 def from_source(part: Tensor, source: Tensor | None) -> Tensor:
@@ -68,12 +75,24 @@ class SitePlan(Plan):
         layer = self.layers[cells[0]]
         axes = self.point(layer).axes or ()
         x = rows.unflatten(0, (len(cells), self.n_examples))
-        numbers = _on_device(cells, rows.device)
-        where = self.sites.part(axes, numbers, x.shape[1:], start)
-        source = None if self.source is None else self._source_part(layer, axes, numbers)
+        numbers = on_device(cells, rows.device)
+        self._put(x, self.sites.part(axes, numbers, x.shape[1:], start), layer, numbers)
+        return rows
+
+    def edit_packed(self, tokens: Tokens, cells: Sequence[int], token_of: TokenOf) -> None:
+        """Each cell's part replaced, in place; cells that begin apart say where along ``pos``."""
+        layer = self.layers[cells[0]]
+        axes = self.point(layer).axes or ()
+        numbers = on_device(cells, tokens.device)
+        shape = (self.n_examples, 1, *tokens.shape[1:])
+        cell, example, pos, *inner = self.sites.part(axes, numbers, shape, 0)
+        self._put(tokens, (token_of(cell, example, pos), *inner), layer, numbers)
+
+    def _put(self, x: Tensor, where: tuple[Tensor, ...], layer: int, cells: Tensor) -> None:
+        axes = self.point(layer).axes or ()
+        source = None if self.source is None else self._source_part(layer, axes, cells)
         part = x[where]
         x[where] = self.new(part, source).to(part.dtype).expand_as(part)
-        return rows
 
     def _source_part(self, layer: int, axes: Sequence[str], cells: Tensor) -> Tensor:
         assert self.source is not None
@@ -81,13 +100,6 @@ class SitePlan(Plan):
         source = source.expand(self.n_examples, *source.shape[1:])
         _, *where = self.source_sites.part(axes, cells, source.shape, 0)
         return source[tuple(where)]
-
-
-def _on_device(cells: Sequence[int], device: torch.device) -> Tensor:
-    """Their numbers; from pinned memory, so that nobody waits for a CUDA device."""
-    if device.type != "cuda":
-        return torch.tensor(cells, device=device)
-    return torch.tensor(cells, pin_memory=True).to(device, non_blocking=True)
 
 
 class SetterPlan(Plan):

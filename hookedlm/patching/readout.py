@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -24,8 +24,20 @@ METADATA = {
 """Methods of a tensor that read none of its elements."""
 
 
+class Runs(Protocol):
+    """Runs whose last block waits to be told what is read of it (`hookedlm.patching.packed`)."""
+
+    def at(self, positions: int | Int[Tensor, "batch"]) -> Float[Tensor, "cells batch d_model"]:
+        """The last stream of every cell at a position, or at each example's own."""
+        ...
+
+    def whole(self) -> Float[Tensor, "rows pos d_model"]:
+        """The last stream of every cell at all positions."""
+        ...
+
+
 class ReadOut:
-    """What a batch of cells came to: their last stream from ``start`` on, or their logits."""
+    """What a batch of cells came to: their last stream, runs that still have to end, or logits."""
 
     def __init__(
         self,
@@ -34,10 +46,11 @@ class ReadOut:
         *,
         stream: Float[Tensor, "rows pos d_model"] | None = None,
         logits: Float[Tensor, "rows pos d_vocab"] | None = None,
-        start: int = 0,
+        runs: Runs | None = None,
     ):
-        self.base, self.n_cells, self.start = base, n_cells, start
-        self._stream, self._logits = stream, logits
+        self.base, self.n_cells = base, n_cells
+        self._stream, self._logits, self._runs = stream, logits, runs
+        self._ends: dict[int, Float[Tensor, "cells batch d_model"]] = {}
         self._read: dict[int, tuple[int, Float[Tensor, "cells batch d_vocab"]]] = {}
 
     @property
@@ -70,18 +83,20 @@ class ReadOut:
         self, positions: int | Int[Tensor, "batch"]
     ) -> Float[Tensor, "cells batch d_model"]:
         """The last stream of every cell at a position, counted from 0; for every example at its own
-        if there are several. Before ``start`` it is the base run's."""
-        base, start = self.base, self.start
+        if there are several."""
+        if self._runs is not None and self._stream is None:
+            if not isinstance(positions, int):
+                return self._runs.at(positions)
+            if positions in self._ends or not self._ends:
+                if positions not in self._ends:
+                    self._ends[positions] = self._runs.at(positions)
+                return self._ends[positions]
+            self._stream = self._runs.whole()  # who reads a second position may read all of them
         assert self._stream is not None
-        stream = self._stream.unflatten(0, (self.n_cells, base.n_examples))
+        stream = self._stream.unflatten(0, (self.n_cells, self.base.n_examples))
         if isinstance(positions, int):
-            if positions < start:
-                return base.entering[-1][None, :, positions].expand(self.n_cells, -1, -1)
-            return stream[:, :, positions - start]
-        examples = torch.arange(base.n_examples, device=stream.device)
-        here = stream[:, examples, (positions - start).clamp(min=0)]
-        known = base.entering[-1][examples, positions]
-        return torch.where((positions >= start)[None, :, None], here, known[None])
+            return stream[:, :, positions]
+        return stream[:, torch.arange(self.base.n_examples, device=stream.device), positions]
 
     def logits_at(
         self,
@@ -92,9 +107,8 @@ class ReadOut:
         """Logits of every cell (or some) at a position (see `stream_at`): all, or of these tokens
         for every example."""
         base = self.base
-        if self._stream is not None:
+        if self._logits is None:
             return self._logits_of(self.stream_at(positions)[cells], tokens)
-        assert self._logits is not None
         logits = self._logits.unflatten(0, (self.n_cells, base.n_examples))[cells]
         examples = torch.arange(base.n_examples, device=logits.device)
         at = logits[:, examples, positions]

@@ -126,7 +126,8 @@ class Sweeping:
         try:
             for number, each in enumerate(directions):
                 base, source = self._sides(each)
-                run = run_base(self.model, base.tokens, base.mask)
+                points = self.layout.all_points()
+                run = run_base(self.model, base.tokens, base.mask, points)
                 here, there = ("clean", "corrupted") if each == "noise" else ("corrupted", "clean")
                 values[here] = self._unpatched(run)
                 activations, values[there] = self._source(source, values[there])
