@@ -10,8 +10,9 @@ from hookedlm.model import HookedTransformer
 
 SHARE = 0.3
 """Of the memory that is free, what a batch may take."""
-CPU_TOKENS = 4096
-"""More in a batch makes a CPU no faster, as its caches overflow."""
+CPU_BYTES = 3 * 2**22
+"""Of the widest activation of a batch; more makes a CPU no faster: its caches overflow, and memory
+is fetched anew from the system each time."""
 UNKNOWN = 2 * 2**30
 """Bytes taken to be free where nobody tells."""
 
@@ -35,7 +36,9 @@ def most_tokens(model: HookedTransformer, read_all: bool = False) -> int:
     width += cfg.d_vocab * 2 if read_all else 0
     size = torch.finfo(cfg.dtype).bits // 8
     room = int(SHARE * free_bytes(device)) // (width * size)
-    return max(1, min(room, CPU_TOKENS) if device.type == "cpu" else room)
+    if device.type == "cpu":
+        room = min(room, CPU_BYTES // (max(cfg.d_mlp or 0, cfg.d_model) * size))
+    return max(1, room)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from hookedlm.patching.base_run import BaseRun
+from hookedlm.patching.lazy_logits import LazyLogits
+from hookedlm.patching.packing import on_device
 
 Logits = Float[Tensor, "batch pos d_vocab"]
 
 LOGITS_AT_ONCE = 2**25
 """How many logits are computed at a time where all of the vocabulary is read."""
-
-METADATA = {
-    "__len__", "dim", "ndimension", "size", "numel", "nelement", "is_floating_point",
-    "is_complex", "element_size", "get_device",
-}  # fmt: skip
-"""Methods of a tensor that read none of its elements."""
 
 
 class Runs(Protocol):
@@ -51,6 +46,7 @@ class ReadOut:
         self.base, self.n_cells = base, n_cells
         self._stream, self._logits, self._runs = stream, logits, runs
         self._ends: dict[int, Float[Tensor, "cells batch d_model"]] = {}
+        self._columns: dict[Any, Sequence[Float[Tensor, "batch *n"]]] = {}
         self._read: dict[int, tuple[int, Float[Tensor, "cells batch d_vocab"]]] = {}
 
     @property
@@ -65,9 +61,21 @@ class ReadOut:
         if self._logits is not None:
             n = self.base.n_examples
             return self._logits[cell * n : (cell + 1) * n]
-        return LazyLogits(self.base, lambda pos: self._at(pos, cell))
+        return LazyLogits(self, cell)
 
-    def _at(self, pos: int, cell: int) -> Float[Tensor, "batch d_vocab"]:
+    def columns_of_cell(
+        self, cell: int, pos: int, tokens: int | tuple[int, ...]
+    ) -> Float[Tensor, "batch *n"]:
+        """The logits of a token, or several, at a position; all cells' are computed at once."""
+        key = pos, tokens
+        if key not in self._columns:
+            few = [tokens] if isinstance(tokens, int) else tokens
+            ids = on_device(few, self.base.tokens.device)
+            at = self.logits_at(pos, ids.expand(self.base.n_examples, -1))
+            self._columns[key] = (at[..., 0] if isinstance(tokens, int) else at).unbind()
+        return self._columns[key][cell]
+
+    def row_of_cell(self, cell: int, pos: int) -> Float[Tensor, "batch d_vocab"]:
         """The logits of a cell at a position, computed with its neighbours': whoever reads one will
         read the others."""
         size = self.cells_at_once
@@ -124,73 +132,3 @@ class ReadOut:
         x = model.mlm_head(x) if model._head_points else x
         assert model.unembed is not None
         return model.unembed(x) if tokens is None else model.unembed.of_tokens(x, tokens)
-
-
-class LazyLogits(torch.Tensor):
-    """Logits ``[batch, pos, d_vocab]`` that are computed where somebody looks: ``logits[:, -1]``
-    unembeds one position. Whatever else is done with them computes them all."""
-
-    base: BaseRun
-    at: Callable[[int], Tensor]
-
-    @staticmethod
-    def __new__(cls, base: BaseRun, at: Callable[[int], Tensor]) -> LazyLogits:
-        """``at(pos)``: ``[batch, d_vocab]``."""
-        shape = (base.n_examples, base.length, base.model.cfg.d_vocab)
-        device = base.entering[-1].device
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=base.logits_dtype, device=device
-        )
-        made.base, made.at = base, at
-        return made
-
-    def __init__(self, base: BaseRun, at: Callable[[int], Tensor]):
-        pass
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        name = func.__name__
-        if name in METADATA or name == "__get__":
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if name == "__getitem__" and isinstance(args[0], LazyLogits):
-            return args[0]._picked(args[1])
-        args, named = tree_map(_computed, (tuple(args), kwargs or {}))
-        return func(*args, **named)
-
-    @classmethod
-    def __torch_dispatch__(cls, *given: Any, **named: Any) -> Any:
-        """Reached by code that goes around ``__torch_function__``."""
-        func, _, args, kwargs = (*given, {})[:4]
-        args, kwargs = tree_map(_computed, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def computed(self) -> Logits:
-        """All of them."""
-        with torch._C.DisableTorchFunctionSubclass():
-            length = self.shape[1]
-        return torch.stack([self.at(pos) for pos in range(length)], dim=1)
-
-    def _picked(self, index: Any) -> Tensor:
-        """``logits[index]``: where positions are a number or a slice, only these are computed."""
-        parts = index if isinstance(index, tuple) else (index,)
-        plain = len(parts) > 1 and all(isinstance(part, int | slice) for part in parts[:2])
-        if not plain:
-            return self.computed()[index]
-        length = self.base.length
-        where = parts[1]
-        if isinstance(where, int):
-            if not -length <= where < length:
-                raise IndexError(f"position {where} of {length}")
-            return self.at(where % length)[(parts[0], *parts[2:])]
-        picked = range(*where.indices(length))
-        if not picked:
-            return self.computed()[index]
-        logits = torch.stack([self.at(pos) for pos in picked], dim=1)
-        return logits[(parts[0], slice(None), *parts[2:])]
-
-
-def _computed(x: Any) -> Any:
-    return x.computed() if isinstance(x, LazyLogits) else x
