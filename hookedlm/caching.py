@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,8 +51,12 @@ class CachingMethods(HookedRootModule):
         Everything by default: the kernels stay fused, and scores, patterns and norms are computed
         when the cache is asked for them. ``names_filter`` (name, glob, list or predicate) listens
         to just these. ``device``, ``dtype`` and ``pos_slice`` apply as tensors are recorded.
-        ``incl_bwd`` calls ``output.backward()`` and adds ``<name>_grad``. With
+        ``incl_bwd`` adds ``<name>_grad``: the gradient of the output, one number (as with
+        ``return_type="loss"``), with respect to each activation. It goes back as far as the first
+        of these, and the weights' own gradients are neither computed nor touched. With
         ``return_cache_object=False`` a plain dictionary is returned.
+
+        Raises InputError with ``incl_bwd`` where gradients are off or the output is not one number.
         """
         options: dict[str, Any] = {
             "device": device,
@@ -81,14 +86,27 @@ class CachingMethods(HookedRootModule):
             requests += [HookRequest(p, grads, "bwd", observes=True) for p in points]
         named = names_given(names_filter)
         with self.listening(requests, named, reset_hooks_end, clear_contexts):
-            output = self(*model_args, **model_kwargs)
+            with self._gradients_wanted() if incl_bwd else nullcontext() as watched:
+                output = self(*model_args, **model_kwargs)
             contexts = self.driver.latest
-            if incl_bwd:
-                output.backward()
+            if watched is not None:
+                if not isinstance(output, Tensor) or output.numel() != 1:
+                    raise InputError('incl_bwd needs an output of one number: return_type="loss"')
+                if watched:
+                    torch.autograd.grad(output, watched, allow_unused=True)
         cache = self._ordered(store, quiet, contexts, remove_batch_dim)
         if not return_cache_object:
             return output, cache
         return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    @contextmanager
+    def _gradients_wanted(self) -> Iterator[list[Tensor]]:
+        """Within it, tensors at points with backward hooks are collected."""
+        self.run_state.watched = []
+        try:
+            yield self.run_state.watched
+        finally:
+            self.run_state.watched = None
 
     def cache_size(
         self: HookedTransformer,

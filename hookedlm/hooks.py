@@ -48,6 +48,9 @@ class RunState:
 
     pos_offset: int = 0
     runs: int = 0
+    watched: list[Tensor] | None = None
+    """Collects the tensors at points with backward hooks, for whoever asks for their gradients;
+    a tensor that no weight gives a gradient begins one there."""
 
 
 class HookPoint(nn.Module):
@@ -87,7 +90,10 @@ class HookPoint(nn.Module):
         return self._watch_gradient(x) if self.bwd_hooks else x
 
     def _watch_gradient(self, x: Tensor) -> Tensor:
+        watched = self.run_state.watched
         if not (x.requires_grad and torch.is_grad_enabled()):
+            if watched is not None and torch.is_grad_enabled() and x.is_floating_point():
+                return self._watch_gradient(x.detach().requires_grad_())
             if all(handle.observes for handle in self.bwd_hooks):
                 return x
             raise NoGradientError(
@@ -102,6 +108,8 @@ class HookPoint(nn.Module):
         # gradient as it is at its own place in the chain.
         x = x.view_as(x)
         x.register_hook(lambda grad: self._backward(grad, handles))
+        if watched is not None:
+            watched.append(x)
         return x
 
     def _backward(self, grad: Tensor, handles: Sequence[LensHandle]) -> Tensor:

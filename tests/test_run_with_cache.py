@@ -567,6 +567,46 @@ def test_gradients_of_some_points():
     assert cache["blocks.1.attn.hook_z_grad"].shape == (2, 1, 4, 8)
 
 
+@pytest.mark.parametrize("frozen", ["all", "embedding", "none"])
+def test_gradients_of_activations_want_none_of_weights(frozen):
+    model, tokens, names = gpt2(), tokens_of(), ["hook_embed", "blocks.*.hook_resid_pre"]
+    options = dict(return_type="loss", incl_bwd=True, names_filter=names)
+    model.zero_grad()
+    _, expected = model.run_with_cache(tokens, **options)
+    weights = list(model.embed.parameters()) if frozen == "embedding" else list(model.parameters())
+    asked = [w.requires_grad for w in weights]
+    for weight in weights if frozen != "none" else []:
+        weight.requires_grad_(False)
+    try:
+        _, cache = model.run_with_cache(tokens, **options)
+    finally:
+        for weight, wanted in zip(weights, asked, strict=True):
+            weight.requires_grad_(wanted)
+    assert list(cache) == list(expected)
+    assert sum(name.endswith("_grad") for name in cache) == len(cache) / 2
+    for name in cache:
+        torch.testing.assert_close(cache[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert model.run_state.watched is None
+
+
+def test_backward_hooks_before_the_named_points_run_too():
+    model, seen = gpt2(), []
+    with model.hooks(bwd_hooks=[("hook_embed", lambda grad, hook: seen.append(grad.shape))]):
+        model.run_with_cache(
+            tokens_of(), return_type="loss", incl_bwd=True, names_filter="blocks.2.hook_resid_pre"
+        )
+    assert len(seen) == 1
+
+
+def test_gradients_are_of_one_number():
+    model = gpt2()
+    with pytest.raises(InputError, match='one number: return_type="loss"'):
+        model.run_with_cache(tokens_of(), incl_bwd=True, names_filter="*hook_z")
+    assert model.run_state.watched is None
+    assert not any(point.wanted for point in model.hook_dict.values())
+
+
 def test_gradients_need_grad_mode():
     with torch.no_grad(), pytest.raises(InputError, match="incl_bwd"):
         gpt2().run_with_cache(tokens_of(), return_type="loss", incl_bwd=True)

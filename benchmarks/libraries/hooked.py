@@ -87,11 +87,9 @@ def neuron_attribution(model: Any, given: Given) -> Run:
 def gradients(model: Any, given: Given, frozen: bool = False) -> Run:
     names = [f"blocks.{i}.hook_resid_pre" for i in range(given.n_layers)]
     options = dict(return_type="loss", names_filter=names, incl_bwd=True)
-    begin = [(names[0], lambda x, hook: x.detach().requires_grad_())] if frozen else []
 
     def call() -> Any:
-        with model.hooks(fwd_hooks=begin):
-            return model.run_with_cache(given.tokens, **options)[1]
+        return model.run_with_cache(given.tokens, **options)[1]
 
     def before() -> None:
         model.zero_grad()
