@@ -21,6 +21,7 @@ from hookedlm.hooks import (
     compact,
 )
 from hookedlm.names import nearest
+from hookedlm.parts import AtHand
 from hookedlm.slices import Slice, SliceInput
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
@@ -97,7 +98,7 @@ class HookPoints(list[HookPoint]):
         )
 
 
-class HookedRootModule(nn.Module):
+class HookedRootModule(AtHand):
     """Base of everything with hook points. Call `setup` at the end of ``__init__``."""
 
     mod_dict: dict[str, nn.Module]
@@ -118,6 +119,8 @@ class HookedRootModule(nn.Module):
         """Give every sub-module its name and list the hook points; call again after adding one."""
         self.mod_dict, self.hook_dict = {}, {}
         for name, module in self.named_modules():
+            if isinstance(module, AtHand):
+                module.keep_at_hand()
             if name == "":
                 continue
             self.mod_dict[name] = module

@@ -45,7 +45,7 @@ FLOORS = {
     name: floor
     for floor, names in {
         0: "axes errors",
-        1: "names hooks slices root spec config factored_matrix aliases tensors",
+        1: "names hooks parts slices root spec config factored_matrix aliases tensors",
         2: "layers families",
         3: "convert",
         4: "model driver lent toy cache caching derive missing tokens loss weights placing "

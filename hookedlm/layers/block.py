@@ -30,6 +30,7 @@ from hookedlm.layers.mlp import MLP, GatedMLP
 from hookedlm.layers.moe import MoE
 from hookedlm.layers.norm import Norm, Same, Times
 from hookedlm.layers.opaque import OpaqueAttention, OpaqueMixer, OpaqueMLP, OpaqueNorm
+from hookedlm.parts import AtHand
 from hookedlm.spec import BlockSpec
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -61,7 +62,7 @@ class Parts:
         return times(spec.keep[branch] if vector is None else vector)
 
 
-class AttentionBranch(nn.Module):
+class AttentionBranch(AtHand):
     """Base of blocks with attention: the stream as each head reads it, normed and attended."""
 
     packs = False
@@ -257,7 +258,7 @@ class PostNormBlock(AttentionBranch):
         return self.hook_resid_post(self.ln2(mid + mlp_out))
 
 
-class MixerBlock(nn.Module):
+class MixerBlock(AtHand):
     """One branch: a norm and a token mixer that is not attention (Mamba)."""
 
     def __init__(self, spec: BlockSpec, parts: Parts):

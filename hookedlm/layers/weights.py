@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hookedlm.parts import AtHand
 
-class Weights(nn.Module):
+
+class Weights(AtHand):
     """Base of layers with TransformerLens-named parameters."""
 
     def __init__(self) -> None:
@@ -39,9 +41,6 @@ class Weights(nn.Module):
         return self._parameters[name]
 
     def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__.get("_modules", {})
-        if name in modules:  # the usual case, without torch's detour
-            return modules[name]
         try:
             value = super().__getattr__(name)
         except AttributeError:
