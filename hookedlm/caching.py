@@ -48,9 +48,10 @@ class CachingMethods(HookedRootModule):
     ) -> tuple[Any, Any]:
         """(output, `ActivationCache`) of one forward pass; arguments of `forward` are passed on.
 
-        Everything by default: the kernels stay fused, and scores, patterns and norms are computed
-        when the cache is asked for them. ``names_filter`` (name, glob, list or predicate) listens
-        to just these. ``device``, ``dtype`` and ``pos_slice`` apply as tensors are recorded.
+        Everything by default: the kernels stay fused, and scores, patterns, norms and neurons'
+        ``hook_post`` are computed when the cache is asked for them. ``names_filter`` (name, glob,
+        list or predicate) listens to just these. ``device``, ``dtype`` and ``pos_slice`` apply as
+        tensors are recorded.
         ``incl_bwd`` adds ``<name>_grad``: the gradient of the output, one number (as with
         ``return_type="loss"``), with respect to each activation. It goes back as far as the first
         of these, and the weights' own gradients are neither computed nor touched. With
@@ -208,7 +209,7 @@ class Recorded(Mapping[str, Tensor]):
     def __init__(self, tensors: dict[str, Tensor], model: HookedTransformer):
         self.tensors, self.model = tensors, model
         self.versions = {name: _version(x) for name, x in tensors.items()}
-        self.weights = {name: self._weights_of(name) for name in (*named_blocks(model), "ln_final")}
+        self.weights = self._weights_by_part()
 
     def __getitem__(self, name: str) -> Tensor:
         x = self.tensors[name]
@@ -225,20 +226,25 @@ class Recorded(Mapping[str, Tensor]):
     def check_weights(self, name: str) -> None:
         """Refuse to compute a norm from weights that changed since the run."""
         part = name.split(".hook")[0].rsplit(".", 1)[0]  # of a block's norm, the block
-        if self._weights_of(part) != self.weights[part]:
+        if self._weights_by_part().get(part) != self.weights.get(part):
             raise StaleCacheError(
                 f"{name!r} was not read yet, and weights of {part!r} changed since. {HOW_TO_KEEP}"
             )
 
-    def _weights_of(self, part: str) -> list[tuple[int, int | None]]:
-        module = self.model.mod_dict.get(part)
-        parameters = () if module is None else module.parameters()
-        return [(id(parameter), _version(parameter)) for parameter in parameters]
+    def _weights_by_part(self) -> dict[str, list[tuple[int, int | None]]]:
+        """Which weights each block has, and the final norm, and how often they were edited."""
+        found: dict[str, list[tuple[int, int | None]]] = {}
+        for name, module in self.model.mod_dict.items():
+            if module._parameters:
+                part = name if name == "ln_final" else _block_of(name)
+                weights = [w for w in module._parameters.values() if w is not None]
+                found.setdefault(part, []).extend((id(w), _version(w)) for w in weights)
+        return found
 
 
 HOW_TO_KEEP = (
-    "Patterns, scores and norms are computed when first read: read them before, or name them in "
-    "names_filter to have them recorded."
+    "Patterns, scores, norms and hook_post are computed when first read: read them before, or name "
+    "them in names_filter to have them recorded."
 )
 
 

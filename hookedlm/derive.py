@@ -1,8 +1,9 @@
 """Entries of a cache that were not recorded but follow from what was.
 
 A plain full cache leaves the fused kernels running. Scores and patterns follow from queries and
-keys, a norm's scale and result from the stream it read: the functions the layers themselves use
-longhand are applied to the recorded tensors when somebody asks.
+keys, a norm's scale and result from the stream it read, neurons after their activation function
+from those before it: the functions the layers themselves use are applied to the recorded tensors
+when somebody asks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hookedlm.layers.cross import CrossBranch, CrossContext, PostNormCrossBlock
 from hookedlm.layers.hybrid import MLPBlock
 from hookedlm.layers.latent import SparseLatentAttention
 from hookedlm.layers.mlp import MLP, GatedMLP
-from hookedlm.layers.norm import Norm
+from hookedlm.layers.norm import Norm, Same
 from hookedlm.layers.per_layer import PerLayerInputBlock
 from hookedlm.layers.qkv import from_heads
 
@@ -174,6 +175,9 @@ def _of_block(name: str, block: AttentionBranch) -> dict[str, Derivation]:
     mlp = block._modules.get("mlp")
     if isinstance(mlp, (MLP, GatedMLP)):
         inputs["ln2_post"] = lambda t: mlp.out(t[f"{name}.mlp.hook_post"])
+        if (post := _post_of(f"{name}.mlp", mlp)) is not None:
+            inputs["ln2_post"] = lambda t: mlp.out(post(t))
+            table[f"{name}.mlp.hook_post"] = lambda t, ctx: post(t)
     if isinstance(block, PerLayerInputBlock):
         ple = block.ple
         inputs["ple_norm"] = lambda t: ple.out(t[f"{name}.ple.hook_post"])
@@ -207,6 +211,18 @@ def _of_norm(name: str, norm: Norm, read: Callable[[Tensors], Tensor]) -> dict[s
         return norm.normalized(x, norm.scale_of(x))
 
     return {f"{name}.hook_scale": scale, f"{name}.hook_normalized": normalized}
+
+
+def _post_of(name: str, mlp: MLP | GatedMLP) -> Callable[[Tensors], Tensor] | None:
+    """What its neurons say, from what they read: one operation on each, so that keeping both would
+    cost a third of a cache's memory. None where there are weights in between."""
+    act = mlp.act_fn
+    trained = isinstance(act, nn.Module) and any(True for _ in act.parameters())
+    if trained or not isinstance(mlp.ln, Same):
+        return None
+    if isinstance(mlp, GatedMLP):
+        return lambda t: mlp.combine(t[f"{name}.hook_pre"], t[f"{name}.hook_pre_linear"])
+    return lambda t: mlp.act_fn(t[f"{name}.hook_pre"])
 
 
 def _own(ctx: Context) -> Context:

@@ -20,7 +20,7 @@ from hookedlm.errors import CacheKeyError, HookNameError, InputError
 by_id = dict(ids=lambda tiny: tiny.id)
 FAMILIES = pytest.mark.parametrize("tiny", one_per_family(), **by_id)
 EVERY = pytest.mark.parametrize("tiny", TINIES, **by_id)
-DERIVED = ("hook_attn_scores", "hook_pattern", "hook_scale", "hook_normalized")
+DERIVED = ("hook_attn_scores", "hook_pattern", "hook_scale", "hook_normalized", ".mlp.hook_post")
 
 
 @cache
