@@ -175,7 +175,7 @@ class Comparison:
                     continue
                 try:
                     answer = self.clients[library].ask("time")
-                    figure.add(answer["seconds"])
+                    figure.add(**answer)
                 except LibraryError as error:
                     figure.note = str(error)
                     self.restart(self.clients[library], model)

@@ -34,9 +34,9 @@ class Figure:
     note: str = ""
     spent: float = 0.0
 
-    def add(self, seconds: float) -> None:
-        """A round's time."""
-        self.spent += seconds
+    def add(self, seconds: float, spent: float | None = None) -> None:
+        """A round's time; ``spent``: what it took to find out."""
+        self.spent += seconds if spent is None else spent
         self.samples.append(seconds * self.every)
 
     def enough(self, budget: float) -> bool:

@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +26,10 @@ from libraries import LIBRARIES
 from models import MODELS
 from tasks import TASKS
 
-SAMPLE_SECONDS = 0.02
-"""A call shorter than this is repeated, and the mean taken."""
+WARM_SECONDS, SAMPLE_SECONDS, MOST_SECONDS = 0.15, 0.3, 2.0
+"""In each round calls shorter than the first are repeated so long untimed, as the process before
+has left caches, clock and threads as it liked; then calls are timed for so long, and their median
+taken. With all that a call needs beforehand neither takes longer than the third."""
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -75,7 +78,6 @@ class Worker:
         self.model: Any = None
         self.module: Any = None
         self.run: Any = None
-        self.number = 1
         self.title = ""
         self.grad = False
 
@@ -134,18 +136,26 @@ class Worker:
 
         with torch.set_grad_enabled(self.grad):
             self.run.before()
-            start = self.clock()
-            memory = with_peak(self.run.call, self.device)[1]
-            seconds = self.clock() - start
-        self.number = max(1, min(50, round(SAMPLE_SECONDS / max(seconds, 1e-6))))
-        return {"memory": memory}
+            return {"memory": with_peak(self.run.call, self.device)[1]}
 
     def do_time(self) -> dict[str, Any]:
-        """Seconds of one call."""
+        """Seconds of one call, and of all of them."""
         import torch
 
         with torch.set_grad_enabled(self.grad):
-            return {"seconds": sum(self._once()[0] for _ in range(self.number)) / self.number}
+            untimed, times = 0.0, [self._once()[0]]
+            if times[0] < WARM_SECONDS:
+                untimed = times[0] + sum(self._repeated(WARM_SECONDS))
+                times = self._repeated(SAMPLE_SECONDS)
+        return {"seconds": statistics.median(times), "spent": untimed + sum(times)}
+
+    def _repeated(self, seconds: float) -> list[float]:
+        """Times of calls that together take so long."""
+        times: list[float] = []
+        end = time.perf_counter() + MOST_SECONDS
+        while not times or (sum(times) < seconds and time.perf_counter() < end):
+            times.append(self._once()[0])
+        return times
 
     def do_process(self, task: str, folder: str, small: str) -> dict[str, Any]:
         """Time and memory of ``convert`` or ``load``, after the same of a model of no size."""
