@@ -183,6 +183,7 @@ def cases(draw):
         batch_size=draw(st.sampled_from([None, 1, 3])),
         overhead=draw(st.sampled_from([-1, 48])),
         sources=draw(st.sampled_from([1, n])) if mask is None else n,
+        shared=draw(st.sampled_from([0, 0, 2, LENGTH - 1, LENGTH])),
     )
 
 
@@ -191,6 +192,10 @@ def metric_for(kind, model, n, mask, early):
     last = [int(row.nonzero().max()) for row in real]
     if early:  # where most patches change nothing
         last = [int(row.nonzero().min()) + 1 + i % 2 for i, row in enumerate(real)]
+    if mask is None and len(set(last)) == 1:  # one position for all
+        each, last = last, last[0]
+    else:
+        each = last
     answer, wrong = torch.arange(5, 5 + n), torch.arange(20, 20 + n)
     with torch.no_grad():
         reference = model(prompts(n, seed=7), attention_mask=mask)
@@ -199,11 +204,11 @@ def metric_for(kind, model, n, mask, early):
         "prob": lambda: LogProb(answer, positions=last),
         "rank": lambda: AnswerRank(answer, positions=last),
         "kl": lambda: KL(reference, positions=last),
-        "function": lambda: lambda logits: by_hand("diff", logits, last, answer, wrong, None),
+        "function": lambda: lambda logits: by_hand("diff", logits, each, answer, wrong, None),
     }[kind]()
     of_each = functools.partial(
         by_hand, "diff" if kind == "function" else kind,
-        positions=last, answer=answer, wrong=wrong, reference=reference,
+        positions=each, answer=answer, wrong=wrong, reference=reference,
     )  # fmt: skip
     return made, of_each
 
@@ -223,6 +228,7 @@ def places(choice, length):
 def test_a_sweep_is_the_naive_loop(case):
     model, n, mask, grid = model_for(case["kind"]), case["n"], case["mask"], case["grid"]
     base, source = prompts(n), prompts(case["sources"], seed=1)
+    source[:, : case["shared"]] = base[: len(source), : case["shared"]]
     metric, of_each = metric_for(case["metric"], model, n, mask, case["early"])
     overhead = dict(engine.OVERHEAD)
     engine.OVERHEAD["cpu"] = case["overhead"]
@@ -269,6 +275,42 @@ def test_a_sweep_is_the_naive_loop(case):
     else:
         torch.testing.assert_close(found.clean.float(), plain, **room)
         assert found.corrupted is None
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
+def test_what_both_prompts_begin_with_is_not_run(kind, n, monkeypatch):
+    """Patches there change nothing, and those of all positions begin behind it."""
+    model, shared, ran = model_for(kind), 4, []
+    base, source = prompts(n), prompts(n, seed=1)
+    source[:, :shared] = base[:, :shared]
+    source[0, shared] = (base[0, shared] + 1) % 90 + 3
+    packed_runs = engine.PackedRuns
+
+    def packed(*args):
+        ran.extend((cell, args[1].starts[cell]) for cell in args[2])
+        return packed_runs(*args)
+
+    monkeypatch.setattr(engine, "PackedRuns", packed)
+    metric = LogitDiff(5, 20)
+    _, cache = model.run_with_cache(source)
+    for grid in (
+        {"name": "resid_pre", "layer": True, "pos": True},
+        {"name": "z", "layer": True, "head": True},
+    ):
+        ran.clear()
+        found = sweep(model, base, grid, metric, source, progress=False)
+        n_layers, width = found.values.shape
+        starts = range(shared, LENGTH) if "pos" in grid else [shared] * width
+        assert [start for _, start in sorted(ran)] == [*starts] * n_layers
+        again = sweep(model, base, grid, metric, cache, progress=False)
+        torch.testing.assert_close(again.values, found.values)
+        if "pos" in grid:
+            assert (found.values[:, :shared] == found.corrupted).all()
+    ran.clear()
+    same = sweep(model, base, grid, metric, base, progress=False)
+    assert (same.values == same.corrupted).all()
+    assert not ran
 
 
 # Metrics ------------------------------------------------------------------------------------------

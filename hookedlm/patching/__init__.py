@@ -17,6 +17,15 @@ from hookedlm.interventions import (
 )
 from hookedlm.patching.classic import (
     generic_activation_patch,
+    layer_head_dest_src_pos_pattern_patch_setter,
+    layer_head_pattern_patch_setter,
+    layer_head_pos_pattern_patch_setter,
+    layer_head_vector_patch_setter,
+    layer_pos_head_vector_patch_setter,
+    layer_pos_patch_setter,
+    make_df_from_ranges,
+)
+from hookedlm.patching.classic_sweeps import (
     get_act_patch_attn_head_all_pos_every,
     get_act_patch_attn_head_by_pos_every,
     get_act_patch_attn_head_k_all_pos,
@@ -35,13 +44,6 @@ from hookedlm.patching.classic import (
     get_act_patch_mlp_out,
     get_act_patch_resid_mid,
     get_act_patch_resid_pre,
-    layer_head_dest_src_pos_pattern_patch_setter,
-    layer_head_pattern_patch_setter,
-    layer_head_pos_pattern_patch_setter,
-    layer_head_vector_patch_setter,
-    layer_pos_head_vector_patch_setter,
-    layer_pos_patch_setter,
-    make_df_from_ranges,
 )
 from hookedlm.patching.counterfactuals import Counterfactuals
 from hookedlm.patching.interchange import interchange

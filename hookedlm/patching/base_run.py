@@ -52,8 +52,9 @@ class BaseRun:
     """What each block was called with."""
     keys: list[KeysValues] = field(default_factory=list)
     """Each layer's keys and values of all positions, rotated, if positions may be reused."""
-    z: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
-    """What attention handed on, in the layers that are patched behind it."""
+    seen: dict[str, Float[Tensor, "batch pos ..."]] = field(default_factory=dict)
+    """By hook point, if positions may be reused: what passed those that will be patched and cost
+    nothing to look at, and what attention handed on where a layer is patched behind it."""
 
     @property
     def n_examples(self) -> int:
@@ -114,15 +115,14 @@ def run_base(
         for block, context in zip(model.blocks, contexts, strict=True)
     )
     base.contexts = contexts
-    behind = {p.layer() for p in points if is_behind_attention(p, model)} if keeps else set()
+    looked_at = _looked_at(points, model) if keeps else []
 
-    def keep_z(z: Tensor, hook: HookPoint) -> None:
-        base.z.setdefault(hook.layer(), z)
+    def look(x: Tensor, hook: HookPoint) -> None:
+        base.seen.setdefault(hook.name or "", x)
 
-    wanted = [model.hook_dict[f"blocks.{layer}.attn.hook_z"] for layer in sorted(behind)]
     trial, verdicts = None, _verdicts(model) if keeps else {}
     alike = base.length, known is None, stream.dtype, stream.device
-    with attached([HookRequest(point, keep_z, observes=True) for point in wanted]):
+    with attached([HookRequest(point, look, observes=True) for point in looked_at]):
         for layer, (block, context) in enumerate(zip(model.blocks, contexts, strict=True)):
             base.entering.append(stream)
             if keeps:
@@ -156,11 +156,28 @@ def _keeper(kept: list[KeysValues]) -> Callable[[Tensor, Tensor], tuple[Tensor, 
     return remember
 
 
-def is_behind_attention(point: HookPoint, model: HookedTransformer) -> bool:
+FREE = {
+    "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out",
+    "hook_q", "hook_k", "hook_v", "hook_z", "hook_pre", "hook_post",
+}  # fmt: skip
+"""Points at which a listener makes nobody compute anything in another way."""
+
+
+def _looked_at(points: Iterable[HookPoint], model: HookedTransformer) -> list[HookPoint]:
+    names = {point.name or "" for point in points}
+    looked_at = {name for name in names if name.rsplit(".", 1)[-1] in FREE}
+    looked_at |= {z_of(name) for name in names if is_behind_attention(name, model)}
+    return [model.hook_dict[name] for name in sorted(looked_at)]
+
+
+def z_of(name: str) -> str:
+    """Of the block that a point belongs to, what attention hands on."""
+    return ".".join([*name.split(".")[:2], "attn.hook_z"])
+
+
+def is_behind_attention(name: str, model: HookedTransformer) -> bool:
     """Whether a point of a block fires behind its attention, at ``hook_z`` or later."""
-    name = point.name or ""
-    z = ".".join([*name.split(".")[:2], "attn.hook_z"])
-    names = list(model.hook_dict)
+    z, names = z_of(name), list(model.hook_dict)
     return z in model.hook_dict and names.index(name) >= names.index(z)
 
 

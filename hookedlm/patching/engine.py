@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from hookedlm.errors import HookNeverFiredError
 from hookedlm.hooks import HookPoint, HookRequest, attached
 from hookedlm.patching.base_run import BaseRun, Reuse, RowContexts, listened
 from hookedlm.patching.memory import is_out_of_memory, most_tokens
-from hookedlm.patching.packed import PackedRuns
+from hookedlm.patching.packed import PackedRuns, demand_fired, entered_by
 from hookedlm.patching.plans import Plan
 from hookedlm.patching.readout import ReadOut
 
@@ -41,11 +39,15 @@ def run_cells(
     base: BaseRun, plan: Plan, read: Read, *, batch_size: int | None = None, progress: str = ""
 ) -> Iterator[tuple[list[int], Tensor]]:
     """(cells, numbers) of one batch after the other. ``batch_size`` is in cells; by default as many
-    as memory allows. Out of memory, it is halved. Where somebody's hooks are in the model, each
-    cell has a run of its own."""
-    groups, alone = grouped(base, plan), listened(base.model)
-    n_cells = sum(len(cells) for cells in groups)
-    with tqdm(total=n_cells, desc=progress, leave=False, disable=not progress) as bar:
+    as memory allows. Out of memory, it is halved. Cells that change nothing are not run. Where
+    somebody's hooks are in the model, each cell has a run of its own."""
+    idle = plan.settle(base.seen)
+    groups, alone = grouped(base, plan, idle), listened(base.model)
+    with tqdm(total=len(plan.layers), desc=progress, leave=False, disable=not progress) as bar:
+        if idle:
+            unpatched = read(ReadOut(base, 1, stream=base.entering[-1]), idle[:1])
+            bar.update(len(idle))
+            yield idle, unpatched.expand(len(idle), *unpatched.shape[1:])
         for cells in groups:
             room = most_tokens(base.model, read_all=base.reuse == Reuse.NOTHING)
             contexts = RowContexts(base)
@@ -93,7 +95,7 @@ def _growing(base: BaseRun, plan: Plan, cells: Sequence[int], contexts: RowConte
     stream = base.entering[0][:0]
     entered = 0
     for layer in range(plan.layers[cells[0]], len(model.blocks)):
-        before, entered = entered, _entered(plan, cells, entered, layer)
+        before, entered = entered, entered_by(plan, cells, entered, layer)
         here = cells[before:entered]
         if here:
             new = base.rows(base.entering[layer], len(here))
@@ -101,7 +103,7 @@ def _growing(base: BaseRun, plan: Plan, cells: Sequence[int], contexts: RowConte
         hook = Editor(plan, here, slice(before * n_examples, entered * n_examples))
         with attached([HookRequest(plan.point(layer), hook)] if here else []) as handles:
             stream = model.blocks[layer](stream, contexts.at(layer, entered))
-        _demand_fired(handles)
+        demand_fired(handles)
     return stream
 
 
@@ -117,21 +119,8 @@ def _whole_run(base: BaseRun, plan: Plan, cells: Sequence[int]) -> Float[Tensor,
     mask = None if base.mask is None else base.rows(base.mask, len(cells))
     with attached(requests) as handles:
         logits = base.model(base.rows(base.tokens, len(cells)), attention_mask=mask)
-    _demand_fired(handles)
+    demand_fired(handles)
     return logits
-
-
-def _entered(plan: Plan, cells: Sequence[int], entered: int, layer: int) -> int:
-    """How many cells have entered with this layer."""
-    while entered < len(cells) and plan.layers[cells[entered]] == layer:
-        entered += 1
-    return entered
-
-
-def _demand_fired(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        if not handle.fired:
-            raise HookNeverFiredError(f"{handle.point.name!r} never fired: nothing was patched")
 
 
 class Editor:
@@ -151,13 +140,14 @@ class Editor:
 # Which cells are run together ---------------------------------------------------------------------
 
 
-def grouped(base: BaseRun, plan: Plan) -> list[list[int]]:
-    """Cells, in the order of their layers, that are run together.
+def grouped(base: BaseRun, plan: Plan, idle: Sequence[int] = ()) -> list[list[int]]:
+    """Cells, in the order of their layers, that are run together; all but the idle ones.
 
     Attention of a group has a place for all positions from the group's first on; splitting it costs
     calls of blocks.
     """
-    cells = sorted(range(len(plan.layers)), key=lambda cell: (plan.layers[cell], cell))
+    running = set(range(len(plan.layers))) - set(idle)
+    cells = sorted(running, key=lambda cell: (plan.layers[cell], cell))
     if base.reuse < Reuse.POSITIONS:
         return [cells] if cells else []
     n_layers, length = len(base.model.blocks), base.length

@@ -182,16 +182,17 @@ class Swapping:
         points, source = layout.points[0], self.pair.source
         names = [point.name or "" for point in points.values()]
         found = recorded(self.model, names, source.tokens, attention_mask=source.mask)
-        there = layout
+        there = None
         if self.places is not None:
             axis = Axis("pos", self.places.labels, self.places.source)
-            there = replace(layout, axes=layout.axes | {"pos": axis})
+            moved = replace(layout, axes=layout.axes | {"pos": axis})
+            there = moved.sites(0, device)
         return SitePlan(
             layout.sites(0, device),
             from_source,
             {layer: found[point.name or ""] for layer, point in points.items()},
             len(self.pair),
-            there.sites(0, device),
+            there,
         )
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookedlm.errors import HookNeverFiredError
-from hookedlm.hooks import HookPoint, HookRequest, attached
-from hookedlm.patching.base_run import BaseRun, is_behind_attention
+from hookedlm.hooks import HookPoint, HookRequest, LensHandle, attached
+from hookedlm.patching.base_run import BaseRun, is_behind_attention, z_of
 from hookedlm.patching.packing import Pack, Row, Step
 from hookedlm.patching.plans import Plan
 
@@ -26,21 +26,18 @@ class PackedRuns:
         self.entered = 0
         self.stream: Row = base.entering[0][:1, :0]
         self.last = len(base.model.blocks) - 1
+        names = {layer: plan.point(layer).name or "" for layer in set(plan.layers)}
         self.behind = {
             layer
-            for layer in set(plan.layers) & set(base.z)
-            if is_behind_attention(plan.point(layer), base.model)
+            for layer, name in names.items()
+            if z_of(name) in base.seen and is_behind_attention(name, base.model)
         }
         for layer in range(plan.layers[cells[0]], self.last):
             before, self.entered = self.entered, self._entered_by(layer)
             self.stream = self._through(layer, before, None)
 
     def _entered_by(self, layer: int) -> int:
-        """How many cells have entered with this layer."""
-        entered, layers = self.entered, self.plan.layers
-        while entered < len(self.cells) and layers[self.cells[entered]] == layer:
-            entered += 1
-        return entered
+        return entered_by(self.plan, self.cells, self.entered, layer)
 
     def _through(self, layer: int, before: int, reads: int | Tensor | None) -> Row:
         """The stream behind a block. Cells from number ``before`` on enter there."""
@@ -57,9 +54,7 @@ class PackedRuns:
         hook = PackedEditor(self, before, entered)
         with attached([HookRequest(point, hook)] if point is not None else []) as handles:
             stream = base.model.blocks[layer](stream, step.context(base.contexts[layer]))
-        for handle in handles:
-            if not handle.fired:
-                raise HookNeverFiredError(f"{handle.point.name!r} never fired: nothing was patched")
+        demand_fired(handles)
         return stream
 
     # Reading -------------------------------------------------------------------------------------
@@ -101,6 +96,21 @@ class PackedRuns:
         return self._entered_by(self.last) > self.entered and not is_packed(
             self.plan.point(self.last)
         )
+
+
+def entered_by(plan: Plan, cells: Sequence[int], entered: int, layer: int) -> int:
+    """Of cells in the order of their layers, how many have entered with this layer, when
+    ``entered`` had with the layer before."""
+    while entered < len(cells) and plan.layers[cells[entered]] == layer:
+        entered += 1
+    return entered
+
+
+def demand_fired(handles: Sequence[LensHandle]) -> None:
+    """Raise HookNeverFiredError unless all hooks fired: something was to be patched."""
+    for handle in handles:
+        if not handle.fired:
+            raise HookNeverFiredError(f"{handle.point.name!r} never fired: nothing was patched")
 
 
 def is_packed(point: HookPoint) -> bool:

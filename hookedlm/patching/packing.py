@@ -136,16 +136,18 @@ class Step:
 
     def onward(self, stream: Row) -> Row:
         """The stream that attention is added to."""
-        return self._joined(self.kept(stream), self.pack.base.entering)
+        return self._joined(self.kept(stream), self.pack.base.entering[self.layer])
 
     def joined(self, z: Row) -> Row:
         """What attention hands on, with that of the runs which join behind it."""
-        return self._joined(z, self.pack.base.z)
+        if self.n_out == self.n_in:
+            return z
+        return self._joined(z, self.pack.base.seen[f"blocks.{self.layer}.attn.hook_z"])
 
-    def _joined(self, x: Row, of_base: Any) -> Row:
+    def _joined(self, x: Row, of_base: Float[Tensor, "batch pos ..."]) -> Row:
         if self.n_out == self.n_in:
             return x
-        return torch.cat([x, self.pack.entering(of_base[self.layer], self.n_in, self.n_out)], dim=1)
+        return torch.cat([x, self.pack.entering(of_base, self.n_in, self.n_out)], dim=1)
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Row:
         """Attention of queries, keys and values ``[1, head, token, d]``, a row for each run."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hookedlm.hooks import HookPoint
@@ -24,7 +25,7 @@ class Plan(ABC):
     """What a grid of patches does: its cells, by number."""
 
     layers: Sequence[int]
-    starts: Sequence[int]
+    starts: list[int]
     """The first position at which each cell changes anything."""
 
     @abstractmethod
@@ -35,6 +36,11 @@ class Plan(ABC):
     def edit(self, rows: Rows, cells: Sequence[int], start: int) -> Rows:
         """The activation ``[cells * batch, ...]`` of these cells, which begins at position
         ``start``, with their patches."""
+
+    def settle(self, seen: Mapping[str, Tensor]) -> list[int]:
+        """Cells that are known to change nothing, from what the base run had at hook points. May
+        set the starts of others later."""
+        return []
 
     def edit_packed(self, tokens: Tokens, cells: Sequence[int], token_of: TokenOf) -> None:
         """Patch, in place, cells that begin at positions of their own, one behind the other."""
@@ -70,13 +76,44 @@ class SitePlan(Plan):
         """Where the patches of a layer go."""
         return self.sites.points[layer]
 
+    def settle(self, seen: Mapping[str, Tensor]) -> list[int]:
+        """Where both runs have the same, to the bit, as before the first token in which the prompts
+        differ, there is nothing to patch."""
+        if self.new is not from_source or self.source_sites is not self.sites:
+            return []
+        assert self.source is not None
+        layers = [layer for layer in sorted(set(self.layers)) if self.point(layer).name in seen]
+        if not layers:
+            return []
+        differs = torch.stack([self._differs(layer, seen).cpu() for layer in layers])
+        number = {layer: i for i, layer in enumerate(layers)}
+        cells = [cell for cell, layer in enumerate(self.layers) if layer in number]
+        rows = torch.tensor([number[self.layers[cell]] for cell in cells])
+        if "pos" not in self.sites.index:
+            alike = (
+                (differs.any(1).cumsum(-1) == 0).sum(-1).tolist()
+            )  # positions, from the first on
+            for cell in cells:
+                self.starts[cell] = min(alike[number[self.layers[cell]]], differs.shape[-1] - 1)
+            changing = differs.any(2).any(1)[rows]
+        else:
+            positions = self.sites.index["pos"].cpu()[cells]
+            each = positions if positions.ndim == 2 else positions[:, None]
+            changing = differs[rows[:, None], torch.arange(self.n_examples), each].any(1)
+        return [cell for cell, changed in zip(cells, changing.tolist(), strict=True) if not changed]
+
+    def _differs(self, layer: int, seen: Mapping[str, Tensor]) -> Bool[Tensor, "batch pos"]:
+        assert self.source is not None
+        here, there = seen[self.point(layer).name or ""], self.source[layer]
+        return (here != there.to(here.device)).flatten(2).any(-1)
+
     def edit(self, rows: Rows, cells: Sequence[int], start: int) -> Rows:
         """The rows of these cells, each with its part replaced, in place."""
         layer = self.layers[cells[0]]
         axes = self.point(layer).axes or ()
         x = rows.unflatten(0, (len(cells), self.n_examples))
         numbers = on_device(cells, rows.device)
-        self._put(x, self.sites.part(axes, numbers, x.shape[1:], start), layer, numbers)
+        self._put(x, self.sites.part(axes, numbers, x.shape[1:], start), layer, numbers, start)
         return rows
 
     def edit_packed(self, tokens: Tokens, cells: Sequence[int], token_of: TokenOf) -> None:
@@ -88,16 +125,23 @@ class SitePlan(Plan):
         cell, example, pos, *inner = self.sites.part(axes, numbers, shape, 0)
         self._put(tokens, (token_of(cell, example, pos), *inner), layer, numbers)
 
-    def _put(self, x: Tensor, where: tuple[Tensor, ...], layer: int, cells: Tensor) -> None:
+    def _put(
+        self, x: Tensor, where: tuple[Tensor, ...], layer: int, cells: Tensor, start: int = 0
+    ) -> None:
         axes = self.point(layer).axes or ()
-        source = None if self.source is None else self._source_part(layer, axes, cells)
+        source = None if self.source is None else self._source_part(layer, axes, cells, start)
         part = x[where]
         x[where] = self.new(part, source).to(part.dtype).expand_as(part)
 
-    def _source_part(self, layer: int, axes: Sequence[str], cells: Tensor) -> Tensor:
+    def _source_part(
+        self, layer: int, axes: Sequence[str], cells: Tensor, start: int
+    ) -> Float[Tensor, "#cells batch ..."]:
         assert self.source is not None
         source = self.source[layer]
         source = source.expand(self.n_examples, *source.shape[1:])
+        if start and "pos" in axes and "pos" not in self.source_sites.index:
+            pos = axes.index("pos")  # all positions that there are
+            source = source.narrow(pos, start, source.shape[pos] - start)
         _, *where = self.source_sites.part(axes, cells, source.shape, 0)
         return source[tuple(where)]
 
