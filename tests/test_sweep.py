@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import functools
+import gc
 import importlib
+import weakref
 from itertools import product
 
 import pytest
@@ -275,6 +277,46 @@ def test_a_sweep_is_the_naive_loop(case):
     else:
         torch.testing.assert_close(found.clean.float(), plain, **room)
         assert found.corrupted is None
+
+
+class LooksBack(torch.nn.Module):
+    """An MLP that hands each position half of the one before."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        out = self.mlp(x)
+        return out + 0.5 * torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1)
+
+
+def test_a_part_that_looks_back_is_found_out():
+    """Whenever it comes: what was tried of other modules does not count."""
+    model = hookedlm.load(model_of("gpt2"))
+    grid = {"name": "resid_pre", "layer": True, "pos": [1, 4]}
+    assert base_run.run_base(model, prompts(2)).reuse == base_run.Reuse.POSITIONS
+    assert base_run.run_base(model, prompts(2)).reuse == base_run.Reuse.POSITIONS
+    model.blocks[1].mlp = LooksBack(model.blocks[1].mlp)
+    assert base_run.run_base(model, prompts(2)).reuse == base_run.Reuse.LAYERS
+    found = run(model, LogitDiff(5, 20), grid)
+    clean = model.cache(prompts(2, seed=1), "blocks.*.hook_resid_pre")
+    for layer, pos in product(range(4), [1, 4]):
+        logits = one_run(
+            model, prompts(2), None, "resid_pre", layer, {"pos": pos},
+            lambda part, full, index: clean[full][index],
+        )  # fmt: skip
+        expected = LogitDiff(5, 20)(logits)
+        torch.testing.assert_close(found.at(layer=layer, pos=pos).values, expected)
+
+
+def test_a_model_that_was_swept_can_be_freed():
+    model = hookedlm.load(model_of("gpt2"))
+    run(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
-from operator import is_
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float, Int
@@ -115,28 +114,37 @@ def run_base(
         for block, context in zip(model.blocks, contexts, strict=True)
     )
     base.contexts = contexts
-    looked_at = _looked_at(points, model) if keeps else []
+    base.reuse = Reuse.POSITIONS if keeps else Reuse.LAYERS
+    _through_blocks(base, stream, _looked_at(points, model) if keeps else [])
+    return base
+
+
+def _through_blocks(base: BaseRun, stream: Stream, looked_at: Sequence[HookPoint]) -> None:
+    """Fill a base run; less of it may be reused if a trial says so, or blocks lie apart."""
+    device = stream.device
+    known = base.length, base.mask is None, stream.dtype, device
+    verdicts = _verdicts(base.model)
+    trial = None
 
     def look(x: Tensor, hook: HookPoint) -> None:
         base.seen.setdefault(hook.name or "", x)
 
-    trial, verdicts = None, _verdicts(model) if keeps else {}
-    alike = base.length, known is None, stream.dtype, stream.device
     with attached([HookRequest(point, look, observes=True) for point in looked_at]):
-        for layer, (block, context) in enumerate(zip(model.blocks, contexts, strict=True)):
+        for layer, (block, ctx) in enumerate(zip(base.model.blocks, base.contexts, strict=True)):
             base.entering.append(stream)
-            if keeps:
-                context = replace(context, remember=_keeper(base.keys))
-            stream = block(stream, context)
-            if keeps and base.length > 2 and alike not in verdicts:
+            if base.reuse == Reuse.POSITIONS:
+                ctx = replace(ctx, remember=_keeper(base.keys))
+            stream = block(stream, ctx)
+            if stream.device != device:
+                base.reuse = Reuse.LAYERS
+            if base.reuse == Reuse.POSITIONS and base.length > 2 and known not in verdicts:
                 trial = trial or Trial(base)
                 trial.follow(layer, block, stream)
     base.entering.append(stream)
-    if trial is not None:
-        verdicts[alike] = trial.agrees
-    keeps = keeps and verdicts.get(alike, True)
-    base.reuse = Reuse.POSITIONS if keeps else Reuse.LAYERS
-    return base
+    if trial is not None and base.reuse == Reuse.POSITIONS:
+        verdicts[known] = trial.agrees
+    if not verdicts.get(known, True):
+        base.reuse = Reuse.LAYERS
 
 
 def _keeps_positions(block: Any, context: Context, shape: tuple[int, int]) -> bool:
@@ -181,17 +189,18 @@ def is_behind_attention(name: str, model: HookedTransformer) -> bool:
     return z in model.hook_dict and names.index(name) >= names.index(z)
 
 
-VERDICTS: WeakKeyDictionary[HookedTransformer, tuple[list[nn.Module], dict[Any, bool]]]
-VERDICTS = WeakKeyDictionary()
+Parts: TypeAlias = list["ref[nn.Module]"]
+VERDICTS: WeakKeyDictionary[HookedTransformer, tuple[Parts, dict[Any, bool]]] = WeakKeyDictionary()
 
 
 def _verdicts(model: HookedTransformer) -> dict[Any, bool]:
     """What trials of these very modules said, by length, padding, dtype and device."""
     parts = list(_parts(model.blocks))
-    known = VERDICTS.get(model)
-    if known is None or len(known[0]) != len(parts) or not all(map(is_, known[0], parts)):
-        known = VERDICTS[model] = parts, {}
-    return known[1]
+    before, verdicts = VERDICTS.get(model, ([], {}))
+    if len(before) != len(parts) or any(a() is not b for a, b in zip(before, parts, strict=True)):
+        verdicts = {}
+        VERDICTS[model] = [ref(part) for part in parts], verdicts
+    return verdicts
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
