@@ -193,8 +193,9 @@ class HookedTransformer(
         )
         if stop_at_layer is None and return_type is None and past_kv_cache is None:
             stop = max(start, self._last_needed())
-        for layer in range(start, stop):
-            stream = self.blocks[layer](stream, prepared.contexts[layer])
+        blocks = list(self.blocks)[start:stop]
+        for block, context in zip(blocks, prepared.contexts[start:stop], strict=True):
+            stream = block(stream, context)
         if stop_at_layer is not None:
             return stream
         if stop < len(self.blocks):

@@ -48,8 +48,8 @@ def is_away(module: Any) -> bool:
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its tokens: where its first weights are, or are fetched to."""
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.is_meta:
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_meta:
                 return parameter.device
         for hook in hooks_of(module):
             runs_on = vars(hook).get("execution_device")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -91,8 +90,8 @@ class Norm(Weights):
         if w is not None and self.spec.offset:
             w = w + self.spec.offset
         if not self.spec.late_cast:
-            return F.layer_norm(x, x.shape[-1:], w, b, self.eps)
-        return F.layer_norm(x.float(), x.shape[-1:], w, b, self.eps).to(x.dtype)
+            return torch.layer_norm(x, x.shape[-1:], w, b, self.eps)
+        return torch.layer_norm(x.float(), x.shape[-1:], w, b, self.eps).to(x.dtype)
 
     def _weighted(self, x32: Tensor, dtype: torch.dtype) -> Tensor:
         w, b = self._parameters["w"], self._parameters["b"]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 FEW_TOKENS = 64
 """Up to how many columns of the vocabulary are computed by themselves."""
 
+ONE_COLUMN = [slice, int, int]
+"""The types of an index such as ``[:, -1, 5]``."""
+
 METADATA = {
     "__len__", "dim", "ndimension", "size", "numel", "nelement", "is_floating_point",
     "is_complex", "element_size", "get_device",
@@ -75,6 +78,11 @@ class LazyLogits(torch.Tensor):
     def _picked(self, index: Any) -> Tensor:
         """``logits[index]``: where positions are a number or a slice, only these are computed."""
         parts = index if isinstance(index, tuple) else (index,)
+        if list(map(type, parts)) == ONE_COLUMN:  # what most metrics are made of
+            rows, where, token = parts
+            length, d_vocab = self.out.base.length, self.out.base.model.cfg.d_vocab
+            if -length <= where < length and -d_vocab <= token < d_vocab:
+                return self.out.columns_of_cell(self.cell, where % length, token % d_vocab)[rows]
         if len(parts) == 3 and parts[0] is Ellipsis:
             parts = (slice(None), *parts[1:])
         if not 2 <= len(parts) <= 3 or not _picks_rows(parts[0]) or parts[-1] is None:
