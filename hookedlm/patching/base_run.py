@@ -110,7 +110,7 @@ def run_base(
     preparer = model.driver.preparer
     keeps = preparer.remembers and preparer.own_cache is None
     keeps = keeps and all(
-        _keeps_positions(block, context, base.tokens.shape)
+        _keeps_positions(block, context, base.n_examples, base.length)
         for block, context in zip(model.blocks, contexts, strict=True)
     )
     base.contexts = contexts
@@ -147,13 +147,13 @@ def _through_blocks(base: BaseRun, stream: Stream, looked_at: Sequence[HookPoint
         base.reuse = Reuse.LAYERS
 
 
-def _keeps_positions(block: Any, context: Context, shape: tuple[int, int]) -> bool:
+def _keeps_positions(block: Any, context: Context, n_examples: int, length: int) -> bool:
     """Whether what a block does at a position hangs on earlier ones by keys and values alone."""
     attn = block._modules.get("attn")
     plain = isinstance(attn, Attention) and attn.spec.causal
     whole = not context.kwargs and context.positions is None
     packs_runs = isinstance(block, AttentionBranch) and block.packs
-    return plain and whole and packs_runs and packs(context, *shape)
+    return plain and whole and packs_runs and packs(context, n_examples, length)
 
 
 def _keeper(kept: list[KeysValues]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -166,14 +166,14 @@ def _keeper(kept: list[KeysValues]) -> Callable[[Tensor, Tensor], tuple[Tensor, 
 
 FREE = {
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out",
-    "hook_q", "hook_k", "hook_v", "hook_z", "hook_pre", "hook_post",
+    "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z",
 }  # fmt: skip
-"""Points at which a listener makes nobody compute anything in another way."""
+"""Points of a block at which a listener makes nobody compute anything in another way."""
 
 
 def _looked_at(points: Iterable[HookPoint], model: HookedTransformer) -> list[HookPoint]:
     names = {point.name or "" for point in points}
-    looked_at = {name for name in names if name.rsplit(".", 1)[-1] in FREE}
+    looked_at = {name for name in names if ".".join(name.split(".")[2:]) in FREE}
     looked_at |= {z_of(name) for name in names if is_behind_attention(name, model)}
     return [model.hook_dict[name] for name in sorted(looked_at)]
 

@@ -126,7 +126,8 @@ class Step:
             if self.kept_tokens is not None:
                 others = torch.arange(n_tokens, end, device=given.device)
                 given = given.index_select(1, torch.cat([self.kept_tokens, others]))
-        return replace(ctx, packed=self, rotary=rotary, layer_input=given, remember=None)
+        changes: dict[str, Any] = {"rotary": rotary, "layer_input": given, "remember": None}
+        return replace(ctx, packed=self, **changes)
 
     # What blocks ask (`hookedlm.layers.context.Packed`) ----------------------------------------
 
@@ -151,13 +152,13 @@ class Step:
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Row:
         """Attention of queries, keys and values ``[1, head, token, d]``, a row for each run."""
-        qkv = [x.transpose(1, 2)[0] for x in (q, k, v)]
+        q, k, v = (x.transpose(1, 2)[0] for x in (q, k, v))
         whole = self.n_read if self.reads is not None else 0
         parts = []
         if whole:
-            parts.append(self._attended(attend, *qkv, ctx, 0, whole, self.reads))
+            parts.append(self._attended(attend, q, k, v, ctx, 0, whole, self.reads))
         if whole < self.n_in:
-            parts.append(self._attended(attend, *qkv, ctx, whole, self.n_in))
+            parts.append(self._attended(attend, q, k, v, ctx, whole, self.n_in))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
     # A row for each run ------------------------------------------------------------------------
@@ -178,7 +179,8 @@ class Step:
             q = q.index_select(0, self.kept_tokens[:n_runs])[:, None]
         else:
             q = self._queries(q[tokens], first, end)[:, begin - pack.first :]
-        z = attend(*(x.transpose(1, 2) for x in (q, k, v)), self._for_rows(ctx, q, first, end))
+        ctx = self._for_rows(ctx, q, first, end)
+        z = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), ctx)
         if reads is None:
             z = z.flatten(0, 1)
             return z if pack.even else z.index_select(0, self._query_places(first, end))
