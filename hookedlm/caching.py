@@ -209,7 +209,7 @@ class Recorded(Mapping[str, Tensor]):
     def __init__(self, tensors: dict[str, Tensor], model: HookedTransformer):
         self.tensors, self.model = tensors, model
         self.versions = {name: _version(x) for name, x in tensors.items()}
-        self.weights = self._weights_by_part()
+        self.weights = {name: self._weights_of(name) for name in (*named_blocks(model), "ln_final")}
 
     def __getitem__(self, name: str) -> Tensor:
         x = self.tensors[name]
@@ -226,20 +226,15 @@ class Recorded(Mapping[str, Tensor]):
     def check_weights(self, name: str) -> None:
         """Refuse to compute a norm from weights that changed since the run."""
         part = name.split(".hook")[0].rsplit(".", 1)[0]  # of a block's norm, the block
-        if self._weights_by_part().get(part) != self.weights.get(part):
+        if self._weights_of(part) != self.weights[part]:
             raise StaleCacheError(
                 f"{name!r} was not read yet, and weights of {part!r} changed since. {HOW_TO_KEEP}"
             )
 
-    def _weights_by_part(self) -> dict[str, list[tuple[int, int | None]]]:
-        """Which weights each block has, and the final norm, and how often they were edited."""
-        found: dict[str, list[tuple[int, int | None]]] = {}
-        for name, module in self.model.mod_dict.items():
-            if module._parameters:
-                part = name if name == "ln_final" else _block_of(name)
-                weights = [w for w in module._parameters.values() if w is not None]
-                found.setdefault(part, []).extend((id(w), _version(w)) for w in weights)
-        return found
+    def _weights_of(self, part: str) -> list[tuple[int, int | None]]:
+        module = self.model.mod_dict.get(part)
+        parameters = () if module is None else module.parameters()
+        return [(id(parameter), _version(parameter)) for parameter in parameters]
 
 
 HOW_TO_KEEP = (

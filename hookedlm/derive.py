@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hookedlm.errors import StaleCacheError
 from hookedlm.hooks import HookPoint
 from hookedlm.layers import attention_math as math
 from hookedlm.layers.attention import Attention
@@ -214,15 +215,26 @@ def _of_norm(name: str, norm: Norm, read: Callable[[Tensors], Tensor]) -> dict[s
 
 
 def _post_of(name: str, mlp: MLP | GatedMLP) -> Callable[[Tensors], Tensor] | None:
-    """What its neurons say, from what they read: one operation on each, so that keeping both would
-    cost a third of a cache's memory. None where there are weights in between."""
+    """What its neurons say, from what they read: one operation on each, not worth the memory of
+    keeping both. None where there are weights in between. Raises StaleCacheError if the activation
+    function was exchanged since."""
     act = mlp.act_fn
     trained = isinstance(act, nn.Module) and any(True for _ in act.parameters())
     if trained or not isinstance(mlp.ln, Same):
         return None
-    if isinstance(mlp, GatedMLP):
-        return lambda t: mlp.combine(t[f"{name}.hook_pre"], t[f"{name}.hook_pre_linear"])
-    return lambda t: mlp.act_fn(t[f"{name}.hook_pre"])
+
+    def post(t: Tensors) -> Tensor:
+        if mlp.act_fn is not act:
+            raise StaleCacheError(
+                f"'{name}.hook_post' was not read yet, and the activation function was exchanged "
+                "since: read it before, or name it in names_filter to have it recorded."
+            )
+        pre = t[f"{name}.hook_pre"]
+        if isinstance(mlp, GatedMLP):
+            return mlp.combine(pre, t[f"{name}.hook_pre_linear"])
+        return mlp.act_fn(pre)
+
+    return post
 
 
 def _own(ctx: Context) -> Context:

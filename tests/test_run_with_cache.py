@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import hookedlm
 from hookedlm import HookedTransformer
-from hookedlm.errors import CacheKeyError, HookNameError, InputError
+from hookedlm.errors import CacheKeyError, HookNameError, InputError, StaleCacheError
 
 by_id = dict(ids=lambda tiny: tiny.id)
 FAMILIES = pytest.mark.parametrize("tiny", one_per_family(), **by_id)
@@ -565,6 +565,18 @@ def test_gradients_of_some_points():
     model.zero_grad()
     assert len(cache) == 6
     assert cache["blocks.1.attn.hook_z_grad"].shape == (2, 1, 4, 8)
+
+
+@pytest.mark.parametrize("tiny", [tinies("gpt2")[0], tinies("llama")[0]])
+def test_what_neurons_said_is_not_what_another_function_makes_of_it(tiny):
+    model = hookedlm.load(tiny.build())
+    _, cache = model.run_with_cache(tokens_of())
+    assert cache["post", 0].shape == cache["pre", 0].shape  # read before
+    for block in model.blocks:
+        block.mlp.act_fn = torch.nn.Identity()
+    assert not torch.equal(cache["post", 0], cache["pre", 0])
+    with pytest.raises(StaleCacheError, match="activation function was exchanged"):
+        cache["post", 1]
 
 
 @pytest.mark.parametrize("frozen", ["all", "embedding", "none"])

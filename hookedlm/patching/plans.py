@@ -90,9 +90,8 @@ class SitePlan(Plan):
         cells = [cell for cell, layer in enumerate(self.layers) if layer in number]
         rows = torch.tensor([number[self.layers[cell]] for cell in cells])
         if "pos" not in self.sites.index:
-            alike = (
-                (differs.any(1).cumsum(-1) == 0).sum(-1).tolist()
-            )  # positions, from the first on
+            same = differs.any(1).cumsum(-1) == 0  # so far, from the first position on
+            alike = same.sum(-1).tolist()
             for cell in cells:
                 self.starts[cell] = min(alike[number[self.layers[cell]]], differs.shape[-1] - 1)
             changing = differs.any(2).any(1)[rows]
